@@ -1,0 +1,56 @@
+"""Which implementation of an op runs. "auto" decides from the tensor's device alone; an explicit choice never falls back."""
+
+import os
+from enum import Enum
+from functools import cache
+from importlib.util import find_spec
+
+from torch import Tensor
+
+
+class Backend(str, Enum):
+    TRITON = "triton"
+    TORCH = "torch"
+    REFERENCE = "reference"
+
+
+def resolve_backend(requested: str, tensor: Tensor) -> Backend:
+    """The backend for ``requested``: "auto" is triton for CUDA tensors, else torch.
+
+    Raises:
+        ValueError: ``requested`` is unknown, or is "triton" where Triton cannot run; the message says what to use.
+    """
+    if requested == "auto":
+        requested = "triton" if tensor.is_cuda else "torch"
+    if requested not in _NAMES:
+        raise ValueError(f"backend: expected one of auto, {', '.join(_NAMES)}; got {requested!r}")
+    backend = _NAMES[requested]
+    if backend is Backend.TRITON and (reason := why_not_triton(tensor.device.type)):
+        raise ValueError(f"backend: triton cannot run here: {reason}")
+    return backend
+
+
+def why_not_triton(device_type: str) -> str | None:
+    """``None`` where the Triton kernels can run on tensors of ``device_type``, else the reason and the cure."""
+    if not _triton_is_installed():
+        return 'triton is not installed; install it (Linux only) with "pip install triton", or use backend="torch"'
+    if device_type == "cuda" or (device_type == "cpu" and _triton_interprets()):
+        return None
+    return (
+        f"the tensors are on {device_type!r}; move them to a CUDA device, use backend=\"torch\", "
+        "or set TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
+    )
+
+
+_NAMES = {backend.value: backend for backend in Backend}
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _triton_interprets() -> bool:
+    # Triton reads the variable when a kernel is decorated, so it cannot change within a process.
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")

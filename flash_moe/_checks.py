@@ -1,0 +1,62 @@
+"""Argument checks. Each raises before anything is launched and names the argument, what was expected and what came."""
+
+import os
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Pair numbers are int32 in the kernels and in every sort.
+MAX_PAIRS = 2**31 - 1
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], legend: str) -> None:
+    """``expected`` has ``None`` where any size will do; ``legend`` names the dimensions, "[T, H]" say."""
+    if tensor.dim() != len(expected):
+        raise ValueError(f"{name}: expected {len(expected)} dimensions {legend}; got shape {tuple(tensor.shape)}")
+    for size, want in zip(tensor.shape, expected, strict=True):
+        if want is not None and size != want:
+            shown = ", ".join("any" if want is None else str(want) for want in expected)
+            raise ValueError(f"{name}: expected shape {legend} = ({shown}); got {tuple(tensor.shape)}")
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in allowed:
+        shown = ", ".join(str(dtype) for dtype in dict.fromkeys(allowed))
+        raise TypeError(f"{name}: expected dtype {shown}; got {tensor.dtype}")
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    (first_name, first), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: expected device {first.device}, as {first_name} has; got {tensor.device}")
+
+
+def check_int(name: str, value: int, low: int, high: int) -> None:
+    """``value`` must be an integer in ``[low, high]``."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer; got {type(value).__name__} {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected an integer from {low} to {high}; got {value}")
+
+
+def check_pairs(num_tokens: int, num_experts_per_tok: int) -> None:
+    if num_tokens * num_experts_per_tok > MAX_PAIRS:
+        raise ValueError(
+            f"indices: expected at most {MAX_PAIRS} (token, expert) pairs; "
+            f"got {num_tokens} tokens x {num_experts_per_tok} experts; split the batch"
+        )
+
+
+def check_ids_in_range(name: str, ids: Tensor, end: int) -> None:
+    """On a GPU this waits for the device, so callers run it there only when ``debug_enabled()``."""
+    if ids.numel() == 0:
+        return
+    low, high = (bound.item() for bound in torch.aminmax(ids))
+    if low < 0 or high >= end:
+        raise ValueError(f"{name}: expected ids from 0 to {end - 1}; got ids from {low} to {high}")
+
+
+def debug_enabled() -> bool:
+    return os.environ.get("FLASH_MOE_DEBUG", "0") == "1"
