@@ -30,7 +30,7 @@ quality: $(call installed,dev)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -c "import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())"
+	$(PYTHON) -c "from importlinter.cli import lint_imports_command as check; check(['--no-logo'])"
 
 format: $(call installed,dev)
 	$(PYTHON) -m ruff check --fix .
@@ -44,7 +44,9 @@ clean:
 .venv/.installed-%: pyproject.toml constraints.txt | .venv/bin/pip
 	.venv/bin/python -m pip install $(CONSTRAIN) setuptools
 	.venv/bin/python -m pip install $(CONSTRAIN) --no-build-isolation --editable '.[$*]'
-	@touch $@
+	@touch $@ $(addprefix .venv/.installed-,$(also-$*))
+also-test := train
+also-dev := train test
 
 # Some systems ship pip and venv without ensurepip; then the system's pip puts one into the environment.
 .venv/bin/pip:
