@@ -1,0 +1,303 @@
+"""One-neuron experts, forward and backward.
+
+T tokens, H hidden size, E experts, K experts per token, P = T * K pairs (token, expert). Tensors are contiguous; sums are
+in float32 and in a fixed order. Every pass is one of three products, and each exists once:
+  dots          value[t, k] = row[t] . table[e]              forward: x . down; backward: dout . up
+  token sums    out[t] = sum_k coefficient[t, k] * table[e]  forward: act(s) * w over up; backward: ds over down
+  expert sums   grad[e] = sum of coefficient[t, k] * row[t] over the pairs of e, sorted by expert
+Row addresses are 64-bit: E * H and T * H may pass 2^31; P may not.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flash_moe.ops._triton.math import activation, activation_grad
+
+# A tile of gathered rows, BLOCK_ROWS x BLOCK_H, is what a program keeps in flight.
+MAX_BLOCK_H = 1024
+TILE_ELEMENTS = 8192
+MIN_BLOCK_ROWS = 4
+# Segments of 2 * HOT_TILE pairs or more are summed as tiles of HOT_TILE pairs by programs of their own.
+HOT_TILE = 256
+
+
+@triton.jit
+def _gathered_dots(row_ptr, table_ptr, ids, mask_k, H, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr):
+    """row . table[id] for BLOCK_K ids."""
+    acc = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
+    for start in range(0, H, BLOCK_H):
+        h = start + tl.arange(0, BLOCK_H)
+        row = tl.load(row_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+        mask = mask_k[:, None] & (h < H)[None, :]
+        table = tl.load(table_ptr + ids[:, None] * H + h[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc += row[None, :] * table
+    return tl.sum(acc, 1)
+
+
+@triton.jit
+def _dots_fwd_kernel(
+    x_ptr,
+    down_ptr,
+    indices_ptr,
+    weights_ptr,
+    pre_activations_ptr,
+    coefficients_ptr,
+    H,
+    K,
+    HIDDEN_ACT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = k < K
+    ids = tl.load(indices_ptr + t * K + k, mask=mask, other=0).to(tl.int64)
+    s = _gathered_dots(x_ptr + t * H, down_ptr, ids, mask, H, BLOCK_K, BLOCK_H)
+    weights = tl.load(weights_ptr + t * K + k, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pre_activations_ptr + t * K + k, s, mask=mask)
+    tl.store(coefficients_ptr + t * K + k, activation(s, HIDDEN_ACT) * weights, mask=mask)
+
+
+@triton.jit
+def _dots_bwd_kernel(
+    dout_ptr,
+    up_ptr,
+    indices_ptr,
+    weights_ptr,
+    pre_activations_ptr,
+    dweights_ptr,
+    dpre_activations_ptr,
+    coefficients_ptr,
+    H,
+    K,
+    HIDDEN_ACT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = k < K
+    ids = tl.load(indices_ptr + t * K + k, mask=mask, other=0).to(tl.int64)
+    dcoefficients = _gathered_dots(dout_ptr + t * H, up_ptr, ids, mask, H, BLOCK_K, BLOCK_H)
+    weights = tl.load(weights_ptr + t * K + k, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(pre_activations_ptr + t * K + k, mask=mask, other=0.0)
+    activated = activation(s, HIDDEN_ACT)
+    tl.store(dweights_ptr + t * K + k, dcoefficients * activated, mask=mask)
+    tl.store(dpre_activations_ptr + t * K + k, dcoefficients * weights * activation_grad(s, HIDDEN_ACT), mask=mask)
+    tl.store(coefficients_ptr + t * K + k, activated * weights, mask=mask)
+
+
+@triton.jit
+def _token_sums_kernel(
+    coefficients_ptr, table_ptr, indices_ptr, out_ptr, H, K, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    acc = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        ids = tl.load(indices_ptr + t * K + k, mask=k < K, other=0).to(tl.int64)
+        coefficients = tl.load(coefficients_ptr + t * K + k, mask=k < K, other=0.0)
+        mask = (k < K)[:, None] & (h < H)[None, :]
+        rows = tl.load(table_ptr + ids[:, None] * H + h[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc += coefficients[:, None] * rows
+    tl.store(out_ptr + t * H + h, tl.sum(acc, 0), mask=h < H)
+
+
+@triton.jit
+def _add_pairs(acc, start, end, rows_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P: tl.constexpr):
+    """acc [BLOCK_P, BLOCK_H] plus coefficient * row of the sorted pairs [start, end)."""
+    for first in range(start, end, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        pair = tl.load(order_ptr + p, mask=p < end, other=0)
+        coefficients = tl.load(coefficients_ptr + pair, mask=p < end, other=0.0)
+        mask = (p < end)[:, None] & (h < H)[None, :]
+        rows = tl.load(rows_ptr + (pair // K)[:, None] * H + h[None, :], mask=mask, other=0.0)
+        acc += coefficients[:, None] * rows.to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _hot_tiles_kernel(
+    rows_ptr,
+    coefficients_ptr,
+    sorted_ids_ptr,
+    order_ptr,
+    offsets_ptr,
+    partials_ptr,
+    H,
+    K,
+    HOT_TILE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """partials[tile] = the sum of tile's HOT_TILE sorted pairs, where one expert owns them all and is hot."""
+    tile = tl.program_id(0).to(tl.int64)
+    start = tile * HOT_TILE
+    e = tl.load(sorted_ids_ptr + start)
+    if e == tl.load(sorted_ids_ptr + start + HOT_TILE - 1):
+        length = tl.load(offsets_ptr + e + 1) - tl.load(offsets_ptr + e)
+        if length >= 2 * HOT_TILE:
+            h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+            acc = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
+            acc = _add_pairs(
+                acc, start, start + HOT_TILE, rows_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P
+            )
+            tl.store(partials_ptr + tile * H + h, tl.sum(acc, 0), mask=h < H)
+
+
+@triton.jit
+def _expert_sums_kernel(
+    rows_ptr,
+    coefficients_ptr,
+    order_ptr,
+    offsets_ptr,
+    partials_ptr,
+    out_ptr,
+    H,
+    K,
+    HOT_TILE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """out[e]: its pairs one by one; of a hot expert the ends one by one and the full tiles from ``partials``."""
+    e = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    start = tl.load(offsets_ptr + e).to(tl.int64)
+    end = tl.load(offsets_ptr + e + 1).to(tl.int64)
+    is_hot = end - start >= 2 * HOT_TILE
+    first_tile = tl.where(is_hot, tl.cdiv(start, HOT_TILE), 0)
+    last_tile = tl.where(is_hot, end // HOT_TILE, 0)
+    head_end = tl.where(is_hot, first_tile * HOT_TILE, end)
+    tail_start = tl.where(is_hot, last_tile * HOT_TILE, end)
+    acc = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
+    acc = _add_pairs(acc, start, head_end, rows_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P)
+    for first in range(first_tile, last_tile, BLOCK_P):
+        tile = first + tl.arange(0, BLOCK_P)
+        mask = (tile < last_tile)[:, None] & (h < H)[None, :]
+        acc += tl.load(partials_ptr + tile[:, None] * H + h[None, :], mask=mask, other=0.0)
+    acc = _add_pairs(acc, tail_start, end, rows_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P)
+    tl.store(out_ptr + e * H + h, tl.sum(acc, 0), mask=h < H)
+
+
+def _blocks(num_rows: int, hidden_size: int) -> dict[str, int]:
+    """BLOCK_ROWS x BLOCK_H for gathering up to ``num_rows`` rows of ``hidden_size``."""
+    block_h = min(MAX_BLOCK_H, max(16, triton.next_power_of_2(hidden_size)))
+    block_rows = min(triton.next_power_of_2(num_rows), max(MIN_BLOCK_ROWS, TILE_ELEMENTS // block_h))
+    return {"rows": block_rows, "h": block_h}
+
+
+def _token_sums(coefficients: Tensor, table: Tensor, indices: Tensor, out: Tensor) -> None:
+    (T, K), H = indices.shape, table.shape[1]
+    block = _blocks(K, H)
+    grid = (T, triton.cdiv(H, block["h"]))
+    _token_sums_kernel[grid](coefficients, table, indices, out, H, K, block["rows"], block["h"])
+
+
+def expert_forward(
+    hidden_states: Tensor,
+    down_weights: Tensor,
+    up_weights: Tensor,
+    indices: Tensor,
+    routing_weights: Tensor,
+    hidden_act: str,
+) -> tuple[Tensor, Tensor]:
+    """``out [T, H]`` and the pre-activations ``s [T, K]``, float32."""
+    (T, K), H = indices.shape, hidden_states.shape[1]
+    out = torch.empty_like(hidden_states)
+    pre_activations = torch.empty_like(indices, dtype=torch.float32)
+    coefficients = torch.empty_like(pre_activations)
+    block = _blocks(K, H)
+    grid = (T, triton.cdiv(K, block["rows"]))
+    with torch.cuda.device_of(hidden_states):
+        _dots_fwd_kernel[grid](
+            hidden_states,
+            down_weights,
+            indices,
+            routing_weights,
+            pre_activations,
+            coefficients,
+            H,
+            K,
+            hidden_act,
+            block["rows"],
+            block["h"],
+        )
+        _token_sums(coefficients, up_weights, indices, out)
+    return out, pre_activations
+
+
+def expert_backward_tokens(
+    grad_out: Tensor,
+    hidden_states: Tensor,
+    down_weights: Tensor,
+    up_weights: Tensor,
+    indices: Tensor,
+    routing_weights: Tensor,
+    pre_activations: Tensor,
+    hidden_act: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``dx [T, H]``, ``dweights [T, K]``, and in float32 ``ds [T, K]`` and the coefficients w * act(s) ``[T, K]``."""
+    (T, K), H = indices.shape, hidden_states.shape[1]
+    dx = torch.empty_like(hidden_states)
+    dweights = torch.empty_like(routing_weights)
+    dpre_activations, coefficients = torch.empty_like(pre_activations), torch.empty_like(pre_activations)
+    block = _blocks(K, H)
+    grid = (T, triton.cdiv(K, block["rows"]))
+    with torch.cuda.device_of(hidden_states):
+        _dots_bwd_kernel[grid](
+            grad_out,
+            up_weights,
+            indices,
+            routing_weights,
+            pre_activations,
+            dweights,
+            dpre_activations,
+            coefficients,
+            H,
+            K,
+            hidden_act,
+            block["rows"],
+            block["h"],
+        )
+        _token_sums(dpre_activations, down_weights, indices, dx)
+    return dx, dweights, dpre_activations, coefficients
+
+
+def expert_backward_tables(
+    grad_out: Tensor,
+    hidden_states: Tensor,
+    indices: Tensor,
+    dpre_activations: Tensor,
+    coefficients: Tensor,
+    num_experts: int,
+) -> tuple[Tensor, Tensor]:
+    """``ddown [E, H]`` and ``dup [E, H]``; an expert nobody chose gets zeros."""
+    sorted_ids, order = torch.sort(indices.to(torch.int32).flatten(), stable=True)
+    experts = torch.arange(num_experts + 1, dtype=torch.int32, device=indices.device)
+    offsets = torch.searchsorted(sorted_ids, experts, out_int32=True)
+    pairs = (sorted_ids, order, offsets, indices.shape[1])
+    with torch.cuda.device_of(hidden_states):
+        return (
+            _expert_sums(hidden_states, dpre_activations, *pairs),
+            _expert_sums(grad_out, coefficients, *pairs),
+        )
+
+
+def _expert_sums(
+    rows: Tensor, coefficients: Tensor, sorted_ids: Tensor, order: Tensor, offsets: Tensor, num_experts_per_tok: int
+) -> Tensor:
+    P, E, H, K = order.numel(), offsets.numel() - 1, rows.shape[1], num_experts_per_tok
+    out = rows.new_empty(E, H)
+    num_tiles = P // HOT_TILE
+    partials = rows.new_empty(num_tiles, H, dtype=torch.float32)
+    block = _blocks(HOT_TILE, H)
+    num_slices = triton.cdiv(H, block["h"])
+    tile = (HOT_TILE, block["rows"], block["h"])
+    _hot_tiles_kernel[(num_tiles, num_slices)](
+        rows, coefficients, sorted_ids, order, offsets, partials, H, K, *tile
+    )
+    _expert_sums_kernel[(E, num_slices)](rows, coefficients, order, offsets, partials, out, H, K, *tile)
+    return out

@@ -1,0 +1,53 @@
+"""Activations and their derivatives inside kernels, in float32."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def normal_cdf(x):
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_tanh_gate(x):
+    """The factor of x in tanh-GELU, (1 + tanh(u)) / 2 = sigmoid(2u) with u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    return tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+
+
+@triton.jit
+def activation(x, HIDDEN_ACT: tl.constexpr):
+    if HIDDEN_ACT == "silu":
+        return x * tl.sigmoid(x)
+    elif HIDDEN_ACT == "gelu":
+        return x * normal_cdf(x)
+    elif HIDDEN_ACT == "gelu_pytorch_tanh":
+        return x * gelu_tanh_gate(x)
+    elif HIDDEN_ACT == "relu":
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif HIDDEN_ACT == "relu2":
+        positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return positive * positive
+    else:
+        tl.static_assert(HIDDEN_ACT == "identity", "unknown activation")
+        return x
+
+
+@triton.jit
+def activation_grad(x, HIDDEN_ACT: tl.constexpr):
+    """d activation(x) / dx; relu has derivative 0 at 0, as PyTorch has it."""
+    if HIDDEN_ACT == "silu":
+        gate = tl.sigmoid(x)
+        return gate * (1.0 + x * (1.0 - gate))
+    elif HIDDEN_ACT == "gelu":
+        return normal_cdf(x) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif HIDDEN_ACT == "gelu_pytorch_tanh":
+        gate = gelu_tanh_gate(x)
+        return gate + x * gate * (1.0 - gate) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    elif HIDDEN_ACT == "relu":
+        return tl.where(x > 0.0, 1.0, 0.0)
+    elif HIDDEN_ACT == "relu2":
+        return 2.0 * tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        tl.static_assert(HIDDEN_ACT == "identity", "unknown activation")
+        return tl.full(x.shape, 1.0, tl.float32)

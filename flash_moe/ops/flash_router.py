@@ -1,0 +1,114 @@
+"""Cartesian-product router: the top K of N * N sums of a row score and a column score, exactly, without forming them."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_moe._backend import Backend, resolve_backend
+from flash_moe._checks import FLOAT_DTYPES, check_dtype, check_int, check_pairs, check_shape
+from flash_moe.ops._reference.router import router_reference
+
+# The Triton kernel holds a token's K best in registers; beyond this, or where an id needs more than 32 bits, the
+# sort-based PyTorch path serves the GPU too.
+MAX_TRITON_EXPERTS_PER_TOK = 4096
+MAX_TRITON_EXPERT_KEYS = 65535
+
+
+def flash_router(
+    router_logits: Tensor, num_expert_keys: int, num_experts_per_tok: int, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Pick each token's K best experts among the N * N pairs of a row key and a column key.
+
+    Expert i * N + j scores ``router_logits[0, t, i] + router_logits[1, t, j]``, summed in float32. Best first. The order
+    is fixed: each half ranked by (value descending, id ascending); candidates are the pairs of ranks with
+    (i + 1) * (j + 1) <= K; among them (float32 sum descending, id ascending). That is what brute force with ties to the
+    lowest id gives, except where rounding makes two different sums equal; the scores always agree. -0.0 counts as 0.0
+    and -inf comes last; a NaN spoils its own token's row only, and ids stay in range.
+
+    Args:
+        router_logits: ``[2, T, N]``, float32, float16 or bfloat16; row scores, then column scores.
+        num_expert_keys: N, at least 1.
+        num_experts_per_tok: K, from 1 to N * N. Above 4,096 Triton gives way to a sort-based path on the same device.
+        backend: "auto" (triton for CUDA tensors, else torch), "triton", "torch" or "reference".
+    Returns:
+        ``scores [T, K]`` in ``router_logits.dtype``, differentiable, and ``indices [T, K]``, int64, i * N + j.
+        The gradient of every logit is summed in float32 in a fixed order: the same bits on every run.
+    Raises:
+        ValueError: a shape disagrees, or an argument is out of range; the message names it.
+        TypeError: a dtype is not supported.
+    Source: product keys, arXiv:1907.05242; PEER, arXiv:2407.04153.
+    """
+    check_int("num_expert_keys", num_expert_keys, 1, 2**31 - 1)
+    check_int("num_experts_per_tok", num_experts_per_tok, 1, num_expert_keys**2)
+    check_shape("router_logits", router_logits, (2, None, num_expert_keys), "[2, T, N]")
+    chosen = resolve_backend(backend, router_logits)
+    if chosen is Backend.REFERENCE:
+        return router_reference(router_logits, num_expert_keys, num_experts_per_tok)
+    check_dtype("router_logits", router_logits, FLOAT_DTYPES)
+    check_pairs(router_logits.shape[1], num_experts_per_tok)
+    scores, indices = torch.ops.flash_moe.flash_router(router_logits.contiguous(), num_experts_per_tok, chosen.value)
+    return scores, indices
+
+
+def triton_flash_router_func(
+    router_logits: Tensor, num_expert_keys: int, num_experts_per_tok: int
+) -> tuple[Tensor, Tensor]:
+    """``flash_router`` through the Triton kernels; raises where they cannot run."""
+    return flash_router(router_logits, num_expert_keys, num_experts_per_tok, backend="triton")
+
+
+def _implementation(backend: str, num_expert_keys: int, num_experts_per_tok: int) -> ModuleType:
+    small = num_experts_per_tok <= MAX_TRITON_EXPERTS_PER_TOK and num_expert_keys <= MAX_TRITON_EXPERT_KEYS
+    if backend == Backend.TRITON.value and small:
+        from flash_moe.ops._triton import router
+    else:
+        from flash_moe.ops._torch import router
+    return router
+
+
+def _forward(router_logits: Tensor, num_experts_per_tok: int, backend: str) -> tuple[Tensor, Tensor]:
+    router = _implementation(backend, router_logits.shape[2], num_experts_per_tok)
+    return router.router_forward(router_logits, num_experts_per_tok)
+
+
+def _forward_fake(router_logits: Tensor, num_experts_per_tok: int, backend: str) -> tuple[Tensor, Tensor]:
+    scores = router_logits.new_empty(router_logits.shape[1], num_experts_per_tok)
+    return scores, torch.empty_like(scores, dtype=torch.int64)
+
+
+def _backward(grad_scores: Tensor, indices: Tensor, num_expert_keys: int, backend: str) -> Tensor:
+    router = _implementation(backend, num_expert_keys, indices.shape[1])
+    return router.router_backward(grad_scores.contiguous(), indices, num_expert_keys)
+
+
+def _backward_fake(grad_scores: Tensor, indices: Tensor, num_expert_keys: int, backend: str) -> Tensor:
+    return grad_scores.new_empty(2, grad_scores.shape[0], num_expert_keys)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, int, str], output: tuple[Tensor, Tensor]) -> None:
+    router_logits, _, backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+    ctx.num_expert_keys, ctx.backend = router_logits.shape[2], backend
+
+
+def _backward_formula(ctx: Any, grad_scores: Tensor, _: Tensor | None) -> tuple[Tensor, None, None]:
+    (indices,) = ctx.saved_tensors
+    grad = torch.ops.flash_moe.flash_router_backward(grad_scores, indices, ctx.num_expert_keys, ctx.backend)
+    return grad, None, None
+
+
+torch.library.define(
+    "flash_moe::flash_router", "(Tensor router_logits, int num_experts_per_tok, str backend) -> (Tensor, Tensor)"
+)
+torch.library.impl("flash_moe::flash_router", "default", _forward)
+torch.library.register_fake("flash_moe::flash_router", _forward_fake)
+torch.library.register_autograd("flash_moe::flash_router", _backward_formula, setup_context=_setup_context)
+torch.library.define(
+    "flash_moe::flash_router_backward",
+    "(Tensor grad_scores, Tensor indices, int num_expert_keys, str backend) -> Tensor",
+)
+torch.library.impl("flash_moe::flash_router_backward", "default", _backward)
+torch.library.register_fake("flash_moe::flash_router_backward", _backward_fake)
