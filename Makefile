@@ -10,6 +10,7 @@ PYTHON := .venv/bin/python
 installed = .venv/.installed-$(1)
 endif
 
+.NOTPARALLEL:
 .PHONY: help demo test quality format clean
 
 help:
@@ -50,5 +51,6 @@ also-dev := train test
 
 # Some systems ship pip and venv without ensurepip; then the system's pip puts one into the environment.
 .venv/bin/pip:
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python3 is %d.%d; 3.10 or newer is needed" % sys.version_info[:2])'
 	python3 -m venv .venv || { python3 -m venv --clear --without-pip .venv && \
 		python3 -m pip --python .venv/bin/python install pip; }
