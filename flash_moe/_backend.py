@@ -1,8 +1,7 @@
-"""Which implementation of an op runs. "auto" decides from the tensor's device alone; an explicit choice never falls back."""
+"""Which implementation of an op runs: "auto" decides by the tensor's device, an explicit choice never falls back."""
 
 import os
 from enum import Enum
-from functools import cache
 from importlib.util import find_spec
 
 from torch import Tensor
@@ -32,25 +31,17 @@ def resolve_backend(requested: str, tensor: Tensor) -> Backend:
 
 def why_not_triton(device_type: str) -> str | None:
     """``None`` where the Triton kernels can run on tensors of ``device_type``, else the reason and the cure."""
-    if not _triton_is_installed():
+    if not _TRITON_IS_INSTALLED:
         return 'triton is not installed; install it (Linux only) with "pip install triton", or use backend="torch"'
-    if device_type == "cuda" or (device_type == "cpu" and _triton_interprets()):
+    if device_type == "cuda" or (device_type == "cpu" and _TRITON_INTERPRETS):
         return None
     return (
-        f"the tensors are on {device_type!r}; move them to a CUDA device, use backend=\"torch\", "
+        f'the tensors are on {device_type!r}; move them to a CUDA device, use backend="torch", '
         "or set TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
     )
 
 
+_TRITON_IS_INSTALLED = find_spec("triton") is not None
+# Triton reads the variable when a kernel is decorated, so it cannot change within a process.
+_TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 _NAMES = {backend.value: backend for backend in Backend}
-
-
-@cache
-def _triton_is_installed() -> bool:
-    return find_spec("triton") is not None
-
-
-@cache
-def _triton_interprets() -> bool:
-    # Triton reads the variable when a kernel is decorated, so it cannot change within a process.
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")

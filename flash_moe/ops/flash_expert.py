@@ -1,5 +1,6 @@
 """One-neuron experts: each token sums its K chosen experts, w * act(x . down[e]) * up[e]."""
 
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,7 @@ from flash_moe._checks import (
     debug_enabled,
 )
 from flash_moe.ops._reference.expert import expert_reference
+from flash_moe.ops._register import register_op
 
 
 def flash_expert(
@@ -35,12 +37,12 @@ def flash_expert(
     Args:
         hidden_states: ``[T, H]``, float32, float16 or bfloat16.
         down_weights, up_weights: ``[E, H]``, in the dtype of ``hidden_states``.
-        indices: ``[T, K]``, int32 or int64, in ``[0, E)``; an expert may occur more than once in a row. Out of range ids
-            raise on the CPU, and on a GPU when ``FLASH_MOE_DEBUG=1``; otherwise they are undefined behaviour there.
+        indices: ``[T, K]``, int32 or int64, in ``[0, E)``; an expert may occur more than once in a row. Ids out of
+            range raise on the CPU, and on a GPU when ``FLASH_MOE_DEBUG=1``; otherwise they read stray memory there.
         routing_weights: ``[T, K]``, in the dtype of ``hidden_states`` or float32.
         hidden_act: "silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2" or "identity".
-        backend: "auto" (triton for CUDA tensors, else torch), "triton", "torch" or "reference"; an explicit choice never
-            falls back.
+        backend: "auto" (triton for CUDA tensors, else torch), "triton", "torch" or "reference"; an explicit choice
+            never falls back.
     Returns:
         ``[T, H]`` in ``hidden_states.dtype``, accumulated in float32. Differentiable in all but ``indices``; gradients
         are summed in a fixed order, the same bits on every run. Beyond inputs and outputs the memory is O(T * K).
@@ -101,11 +103,7 @@ def triton_flash_expert_func(
 
 
 def _implementation(backend: str) -> ModuleType:
-    if backend == Backend.TRITON.value:
-        from flash_moe.ops._triton import expert
-    else:
-        from flash_moe.ops._torch import expert
-    return expert
+    return import_module(f"flash_moe.ops._{backend}.expert")
 
 
 def _forward(
@@ -227,25 +225,24 @@ def _backward_formula(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Ten
     return dx, ddown, dup, None, dweights, None, None
 
 
-torch.library.define(
-    "flash_moe::flash_expert",
-    "(Tensor hidden_states, Tensor down_weights, Tensor up_weights, Tensor indices, Tensor routing_weights, "
-    "str hidden_act, str backend) -> (Tensor, Tensor)",
+register_op(
+    "flash_expert(Tensor hidden_states, Tensor down_weights, Tensor up_weights, Tensor indices, Tensor "
+    "routing_weights, str hidden_act, str backend) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    backward=_backward_formula,
+    setup_context=_setup_context,
 )
-torch.library.impl("flash_moe::flash_expert", "default", _forward)
-torch.library.register_fake("flash_moe::flash_expert", _forward_fake)
-torch.library.register_autograd("flash_moe::flash_expert", _backward_formula, setup_context=_setup_context)
-torch.library.define(
-    "flash_moe::flash_expert_backward_tokens",
-    "(Tensor grad_out, Tensor hidden_states, Tensor down_weights, Tensor up_weights, Tensor indices, "
-    "Tensor routing_weights, Tensor pre_activations, str hidden_act, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+register_op(
+    "flash_expert_backward_tokens(Tensor grad_out, Tensor hidden_states, Tensor down_weights, Tensor "
+    "up_weights, Tensor indices, Tensor routing_weights, Tensor pre_activations, str hidden_act, str "
+    "backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_tokens,
+    _backward_tokens_fake,
 )
-torch.library.impl("flash_moe::flash_expert_backward_tokens", "default", _backward_tokens)
-torch.library.register_fake("flash_moe::flash_expert_backward_tokens", _backward_tokens_fake)
-torch.library.define(
-    "flash_moe::flash_expert_backward_tables",
-    "(Tensor grad_out, Tensor hidden_states, Tensor indices, Tensor grad_pre_activations, Tensor coefficients, "
-    "int num_experts, str backend) -> (Tensor, Tensor)",
+register_op(
+    "flash_expert_backward_tables(Tensor grad_out, Tensor hidden_states, Tensor indices, Tensor "
+    "grad_pre_activations, Tensor coefficients, int num_experts, str backend) -> (Tensor, Tensor)",
+    _backward_tables,
+    _backward_tables_fake,
 )
-torch.library.impl("flash_moe::flash_expert_backward_tables", "default", _backward_tables)
-torch.library.register_fake("flash_moe::flash_expert_backward_tables", _backward_tables_fake)

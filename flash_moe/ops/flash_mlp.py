@@ -10,6 +10,7 @@ from flash_moe._activations import check_activation
 from flash_moe._backend import Backend, resolve_backend
 from flash_moe._checks import FLOAT_DTYPES, check_dtype, check_same_device, check_shape
 from flash_moe.ops._reference.mlp import gated_activation_reference
+from flash_moe.ops._register import register_op
 
 
 def flash_mlp(
@@ -30,8 +31,8 @@ def flash_mlp(
         backend: of the gated activation: "auto" (triton for CUDA tensors, else torch), "triton", "torch" or
             "reference". The last two are the same PyTorch expression: there is no memory to bound.
     Returns:
-        ``[..., H]`` in ``hidden_states.dtype``. Differentiable in all four tensors; beyond inputs and outputs the memory
-        is O(T * I). Under autocast the products run in the autocast dtype.
+        ``[..., H]`` in ``hidden_states.dtype``. Differentiable in all four tensors; beyond inputs and outputs the
+        memory is O(T * I). Under autocast the products run in the autocast dtype.
     Raises:
         ValueError: a shape or device disagrees, or ``hidden_act`` or ``backend`` is unknown.
         TypeError: a dtype is not supported, or the tensors' dtypes differ outside autocast.
@@ -97,13 +98,15 @@ def _backward_formula(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]
     return dgate, dup, None
 
 
-torch.library.define("flash_moe::gated_activation", "(Tensor gate, Tensor up, str hidden_act) -> Tensor")
-torch.library.impl("flash_moe::gated_activation", "default", _forward)
-torch.library.register_fake("flash_moe::gated_activation", _forward_fake)
-torch.library.register_autograd("flash_moe::gated_activation", _backward_formula, setup_context=_setup_context)
-torch.library.define(
-    "flash_moe::gated_activation_backward",
-    "(Tensor grad_out, Tensor gate, Tensor up, str hidden_act) -> (Tensor, Tensor)",
+register_op(
+    "gated_activation(Tensor gate, Tensor up, str hidden_act) -> Tensor",
+    _forward,
+    _forward_fake,
+    backward=_backward_formula,
+    setup_context=_setup_context,
 )
-torch.library.impl("flash_moe::gated_activation_backward", "default", _backward)
-torch.library.register_fake("flash_moe::gated_activation_backward", _backward_fake)
+register_op(
+    "gated_activation_backward(Tensor grad_out, Tensor gate, Tensor up, str hidden_act) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)

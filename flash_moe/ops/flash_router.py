@@ -1,5 +1,6 @@
-"""Cartesian-product router: the top K of N * N sums of a row score and a column score, exactly, without forming them."""
+"""Cartesian-product router: the exact top K of N * N sums of a row and a column score, without forming them."""
 
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from flash_moe._backend import Backend, resolve_backend
 from flash_moe._checks import FLOAT_DTYPES, check_dtype, check_int, check_pairs, check_shape
 from flash_moe.ops._reference.router import router_reference
+from flash_moe.ops._register import register_op
 
 # The Triton kernel holds a token's K best in registers; beyond this, or where an id needs more than 32 bits, the
 # sort-based PyTorch path serves the GPU too.
@@ -21,8 +23,8 @@ def flash_router(
 ) -> tuple[Tensor, Tensor]:
     """Pick each token's K best experts among the N * N pairs of a row key and a column key.
 
-    Expert i * N + j scores ``router_logits[0, t, i] + router_logits[1, t, j]``, summed in float32. Best first. The order
-    is fixed: each half ranked by (value descending, id ascending); candidates are the pairs of ranks with
+    Expert i * N + j scores ``router_logits[0, t, i] + router_logits[1, t, j]``, summed in float32. Best first. The
+    order is fixed: each half ranked by (value descending, id ascending); candidates are the pairs of ranks with
     (i + 1) * (j + 1) <= K; among them (float32 sum descending, id ascending). That is what brute force with ties to the
     lowest id gives, except where rounding makes two different sums equal; the scores always agree. -0.0 counts as 0.0
     and -inf comes last; a NaN spoils its own token's row only, and ids stay in range.
@@ -61,11 +63,8 @@ def triton_flash_router_func(
 
 def _implementation(backend: str, num_expert_keys: int, num_experts_per_tok: int) -> ModuleType:
     small = num_experts_per_tok <= MAX_TRITON_EXPERTS_PER_TOK and num_expert_keys <= MAX_TRITON_EXPERT_KEYS
-    if backend == Backend.TRITON.value and small:
-        from flash_moe.ops._triton import router
-    else:
-        from flash_moe.ops._torch import router
-    return router
+    name = "_triton" if backend == Backend.TRITON.value and small else "_torch"
+    return import_module(f"flash_moe.ops.{name}.router")
 
 
 def _forward(router_logits: Tensor, num_experts_per_tok: int, backend: str) -> tuple[Tensor, Tensor]:
@@ -100,15 +99,15 @@ def _backward_formula(ctx: Any, grad_scores: Tensor, _: Tensor | None) -> tuple[
     return grad, None, None
 
 
-torch.library.define(
-    "flash_moe::flash_router", "(Tensor router_logits, int num_experts_per_tok, str backend) -> (Tensor, Tensor)"
+register_op(
+    "flash_router(Tensor router_logits, int num_experts_per_tok, str backend) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    backward=_backward_formula,
+    setup_context=_setup_context,
 )
-torch.library.impl("flash_moe::flash_router", "default", _forward)
-torch.library.register_fake("flash_moe::flash_router", _forward_fake)
-torch.library.register_autograd("flash_moe::flash_router", _backward_formula, setup_context=_setup_context)
-torch.library.define(
-    "flash_moe::flash_router_backward",
-    "(Tensor grad_scores, Tensor indices, int num_expert_keys, str backend) -> Tensor",
+register_op(
+    "flash_router_backward(Tensor grad_scores, Tensor indices, int num_expert_keys, str backend) -> Tensor",
+    _backward,
+    _backward_fake,
 )
-torch.library.impl("flash_moe::flash_router_backward", "default", _backward)
-torch.library.register_fake("flash_moe::flash_router_backward", _backward_fake)

@@ -1,7 +1,7 @@
 """One-neuron experts, forward and backward.
 
-T tokens, H hidden size, E experts, K experts per token, P = T * K pairs (token, expert). Tensors are contiguous; sums are
-in float32 and in a fixed order. Every pass is one of three products, and each exists once:
+T tokens, H hidden size, E experts, K experts per token, P = T * K pairs (token, expert). Tensors are contiguous; sums
+are in float32 and in a fixed order. Every pass is one of three products, and each exists once:
   dots          value[t, k] = row[t] . table[e]              forward: x . down; backward: dout . up
   token sums    out[t] = sum_k coefficient[t, k] * table[e]  forward: act(s) * w over up; backward: ds over down
   expert sums   grad[e] = sum of coefficient[t, k] * row[t] over the pairs of e, sorted by expert
@@ -142,9 +142,7 @@ def _hot_tiles_kernel(
         if length >= 2 * HOT_TILE:
             h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
             acc = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
-            acc = _add_pairs(
-                acc, start, start + HOT_TILE, rows_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P
-            )
+            acc = _add_pairs(acc, start, start + HOT_TILE, rows_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P)
             tl.store(partials_ptr + tile * H + h, tl.sum(acc, 0), mask=h < H)
 
 
@@ -296,8 +294,6 @@ def _expert_sums(
     block = _blocks(HOT_TILE, H)
     num_slices = triton.cdiv(H, block["h"])
     tile = (HOT_TILE, block["rows"], block["h"])
-    _hot_tiles_kernel[(num_tiles, num_slices)](
-        rows, coefficients, sorted_ids, order, offsets, partials, H, K, *tile
-    )
+    _hot_tiles_kernel[(num_tiles, num_slices)](rows, coefficients, sorted_ids, order, offsets, partials, H, K, *tile)
     _expert_sums_kernel[(E, num_slices)](rows, coefficients, order, offsets, partials, out, H, K, *tile)
     return out

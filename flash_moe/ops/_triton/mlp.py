@@ -1,4 +1,4 @@
-"""Gated activation, out = act(gate) * up, and its backward, each in one launch. Flat contiguous tensors, math in float32."""
+"""Gated activation, out = act(gate) * up, and its backward, each in one launch; contiguous tensors, float32 math."""
 
 import torch
 import triton
@@ -46,7 +46,5 @@ def gated_activation_backward(grad_out: Tensor, gate: Tensor, up: Tensor, hidden
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     grid = (triton.cdiv(gate.numel(), BLOCK),)
     with torch.cuda.device_of(gate):
-        _gated_bwd_kernel[grid](
-            grad_out, gate, up, dgate, dup, gate.numel(), hidden_act, BLOCK, num_warps=NUM_WARPS
-        )
+        _gated_bwd_kernel[grid](grad_out, gate, up, dgate, dup, gate.numel(), hidden_act, BLOCK, num_warps=NUM_WARPS)
     return dgate, dup

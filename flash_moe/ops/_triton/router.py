@@ -1,9 +1,10 @@
 """Product router: exact top K of N * N sums of two scores, and its backward.
 
-T tokens, N keys a half, K experts per token, R ranks kept of each half (the next power of two of min(K, N)). One program
-serves one token. A score and its id travel as one 64-bit key that orders (score descending, id ascending), so ties need no
-care. The K best pairs are among the pairs of ranks (i, j) with (i + 1) * (j + 1) <= K, about K * (1 + ln K) of them; these
-lie in dyadic blocks, block p holding the ranks i + 1 in [2^p, 2^(p+1)) beside j < K / 2^p: K slots a block.
+T tokens, N keys a half, K experts per token, R ranks kept of each half (the next power of two of min(K, N)). One
+program serves one token. A score and its id travel as one 64-bit key that orders (score descending, id ascending), so
+ties need no care. The K best pairs are among the pairs of ranks (i, j) with (i + 1) * (j + 1) <= K, about
+K * (1 + ln K) of them; these lie in dyadic blocks, block p holding the ranks i + 1 in [2^p, 2^(p+1)) beside
+j < K / 2^p: K slots a block, K the next power of two.
 """
 
 import torch
@@ -107,9 +108,7 @@ def _router_fwd_kernel(
 
 
 @triton.jit
-def _router_bwd_kernel(
-    dscores_ptr, indices_ptr, dlogits_ptr, T, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def _router_bwd_kernel(dscores_ptr, indices_ptr, dlogits_ptr, T, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """dlogits[half, t, n] = the sum of dscores[t, k] over the k whose expert has n as that half's key."""
     t = tl.program_id(0).to(tl.int64)
     half = tl.program_id(2).to(tl.int64)

@@ -1,0 +1,255 @@
+"""FlashMoE: many one-neuron experts behind a Cartesian-product router, beside a dense gated MLP.
+
+T tokens, H hidden size, I intermediate size, E = N * N experts, N keys a half of the router, K experts per token.
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flash_moe._activations import check_activation
+from flash_moe._checks import check_dtype, check_int, check_same_device, check_shape
+from flash_moe.modules.expert_usage import ExpertUsage, count_experts, summarize_usage
+from flash_moe.modules.masked_batch_norm import masked_batch_norm
+from flash_moe.modules.router_losses import load_balancing_loss, router_z_loss
+from flash_moe.ops.flash_expert import flash_expert
+from flash_moe.ops.flash_mlp import flash_mlp
+from flash_moe.ops.flash_router import flash_router
+
+NORMS = ("batch", "rms", "none")
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlashMoEConfig:
+    """Everything that shapes a ``FlashMoE`` layer. Invalid values raise ``ValueError`` or ``TypeError`` at once."""
+
+    hidden_size: int
+    """H, at least 1."""
+    intermediate_size: int
+    """I, the dense branch's width; 0 for no dense branch."""
+    num_experts: int
+    """E, a perfect square: the router has sqrt(E) row keys and as many column keys."""
+    num_experts_per_tok: int
+    """K, from 1 to E."""
+    hidden_act: str = "silu"
+    """Of the experts and of the dense branch: "silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2" or "identity"."""
+    norm_topk_prob: bool = False
+    """Divide a token's K routing weights by their sum."""
+    router_norm: Literal["batch", "rms", "none"] = "batch"
+    """What the router sees: tokens after BatchNorm or RMSNorm, both without a learned scale, or as they are."""
+    router_aux_loss_coef: float = 0.0
+    """Weight of the load-balancing loss in ``FlashMoE.router_loss``; 0 leaves it out."""
+    router_z_loss_coef: float = 0.0
+    """Weight of the router z-loss in ``FlashMoE.router_loss``; 0 leaves it out."""
+    track_expert_usage: bool = False
+    """Count the pairs each expert receives, for ``FlashMoE.expert_usage()``."""
+    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+    """Of all three ops; "auto" is triton for CUDA tensors, else torch."""
+
+    def __post_init__(self) -> None:
+        check_int("hidden_size", self.hidden_size, 1, 2**31 - 1)
+        check_int("intermediate_size", self.intermediate_size, 0, 2**31 - 1)
+        check_int("num_experts", self.num_experts, 1, 2**31 - 1)
+        if math.isqrt(self.num_experts) ** 2 != self.num_experts:
+            below = math.isqrt(self.num_experts)
+            raise ValueError(
+                f"num_experts: expected a perfect square (the router pairs sqrt(E) row keys with sqrt(E) column keys); "
+                f"got {self.num_experts}, between {below**2} and {(below + 1) ** 2}"
+            )
+        check_int("num_experts_per_tok", self.num_experts_per_tok, 1, self.num_experts)
+        check_activation(self.hidden_act)
+        for name, value, allowed in (("router_norm", self.router_norm, NORMS), ("backend", self.backend, BACKENDS)):
+            if value not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: expected a finite number, 0 or more; got {value!r}")
+
+    @property
+    def num_expert_keys(self) -> int:
+        """N, the square root of ``num_experts``."""
+        return math.isqrt(self.num_experts)
+
+
+class FlashMoE(nn.Module):
+    """A dense gated MLP plus K of E one-neuron experts a token, picked by a Cartesian-product router.
+
+    With x the tokens ``[T, H]``::
+
+        router_logits = router_gate(router_norm(x)) as [2, T, N]
+        scores, experts = top K of the pair sums of log_softmax(router_logits)
+        weights = exp(scores), divided by their sum over K with norm_topk_prob
+        y = sum_k weights[k] * act(x . down_embed[e_k]) * up_embed[e_k]  +  down_proj(act(gate_proj x) * up_proj x)
+
+    Softmax, scores and weights are float32, whatever the dtype of ``x``.
+
+    Attributes:
+        router_loss: ``None``, or, while training with ``router_aux_loss_coef`` or ``router_z_loss_coef`` above 0,
+            the weighted sum of those losses in the last forward: add it to the task's loss. Each forward replaces it.
+
+    Initialisation, for inputs of unit variance: ``gate_proj``, ``up_proj``, ``router_gate`` and the rows of
+    ``down_embed`` give unit-variance products; ``down_proj`` has standard deviation 1 / sqrt(I), and ``up_embed`` the
+    one that makes the routed branch as large as the dense one, given how routing weights start (``expert_up_std``).
+    """
+
+    def __init__(self, config: FlashMoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        H, I, N = config.hidden_size, config.intermediate_size, config.num_expert_keys
+        self.num_expert_keys = N
+        if I > 0:
+            self.gate_proj = nn.Linear(H, I, bias=False)
+            self.up_proj = nn.Linear(H, I, bias=False)
+            self.down_proj = nn.Linear(I, H, bias=False)
+        self.router_norm = _router_norm(config)
+        self.router_gate = nn.Linear(H, 2 * N, bias=False)
+        self.down_embed = nn.Embedding(config.num_experts, H)
+        self.up_embed = nn.Embedding(config.num_experts, H)
+        self.router_loss: Tensor | None = None
+        if config.track_expert_usage:
+            counts = torch.zeros(config.num_experts, dtype=torch.int64)
+            self.register_buffer("expert_counts", counts, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as the class describes, and reset the norm's statistics."""
+        config = self.config
+        if config.intermediate_size > 0:
+            nn.init.normal_(self.gate_proj.weight, std=config.hidden_size**-0.5)
+            nn.init.normal_(self.up_proj.weight, std=config.hidden_size**-0.5)
+            nn.init.normal_(self.down_proj.weight, std=config.intermediate_size**-0.5)
+        if isinstance(self.router_norm, nn.BatchNorm1d):
+            self.router_norm.reset_parameters()
+        nn.init.normal_(self.router_gate.weight, std=config.hidden_size**-0.5)
+        nn.init.normal_(self.down_embed.weight, std=config.hidden_size**-0.5)
+        nn.init.normal_(self.up_embed.weight, std=expert_up_std(config))
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Apply the layer.
+
+        Args:
+            hidden_states: ``[..., H]``, usually ``[B, S, H]`` or ``[T, H]``; T is the product of all but H.
+            attention_mask: ``[...]`` as the leading dimensions, 0 or False for padding. A padded token takes no part in
+                BatchNorm, losses and usage counts, and its routed output is 0.
+        Returns:
+            ``y`` like ``hidden_states``, and ``router_logits [2, T, N]``: the gate products, before log-softmax.
+        Raises:
+            ValueError: a shape or device disagrees, or one token alone is to be trained through BatchNorm.
+        """
+        x = self._check_input(hidden_states).reshape(-1, self.config.hidden_size)
+        token_mask = None if attention_mask is None else _token_mask(attention_mask, hidden_states)
+        # With their inputs zeroed, padded tokens are exactly zero in every later product and gradient.
+        router_input = x if token_mask is None else x.masked_fill(~token_mask[:, None], 0.0)
+        normed = self._normalize(router_input, token_mask)
+        router_logits = self.router_gate(normed).view(-1, 2, self.num_expert_keys).transpose(0, 1)
+        y = self._routed(router_input, router_logits, token_mask)
+        if self.config.intermediate_size > 0:
+            projections = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+            y = y + flash_mlp(x, *projections, hidden_act=self.config.hidden_act, backend=self.config.backend)
+        return y.reshape(hidden_states.shape), router_logits
+
+    def expert_usage(self) -> ExpertUsage:
+        """Usage since the last ``reset_expert_usage``, as tensors on the device; needs ``track_expert_usage``."""
+        return summarize_usage(self._counts())
+
+    def reset_expert_usage(self) -> None:
+        self._counts().zero_()
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in vars(self.config).items())
+
+    def _counts(self) -> Tensor:
+        if not self.config.track_expert_usage:
+            raise ValueError("track_expert_usage: expected True in FlashMoEConfig to ask for expert usage; got False")
+        return cast(Tensor, self.expert_counts)
+
+    def _check_input(self, hidden_states: Tensor) -> Tensor:
+        H = self.config.hidden_size
+        if hidden_states.dim() < 2 or hidden_states.shape[-1] != H:
+            raise ValueError(
+                f"hidden_states: expected shape [..., {H}], 2 or more dimensions; got {tuple(hidden_states.shape)}"
+            )
+        weight = self.router_gate.weight
+        check_same_device(hidden_states=hidden_states, router_gate=weight)
+        if not torch.is_autocast_enabled(hidden_states.device.type):
+            check_dtype("hidden_states", hidden_states, (weight.dtype,))
+        if self.training and self.config.router_norm == "batch" and hidden_states.numel() == H:
+            raise ValueError(
+                "hidden_states: expected 2 or more tokens, since BatchNorm cannot train on one; got 1; "
+                'train on more tokens at a time, call eval(), or configure router_norm="rms" or "none"'
+            )
+        return hidden_states
+
+    def _normalize(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
+        if x.shape[0] == 0:
+            return x  # BatchNorm refuses to train on nothing; its statistics stay as they are
+        if token_mask is not None and self.training and isinstance(self.router_norm, nn.BatchNorm1d):
+            return masked_batch_norm(x, token_mask, self.router_norm)
+        return self.router_norm(x)
+
+    def _routed(self, x: Tensor, router_logits: Tensor, token_mask: Tensor | None) -> Tensor:
+        config = self.config
+        # float32 under autocast and in 16-bit layers; float64 stays for the reference backend.
+        log_probs = F.log_softmax(router_logits, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        scores, experts = flash_router(
+            log_probs, self.num_expert_keys, config.num_experts_per_tok, backend=config.backend
+        )
+        # The softmax of the scores is exp(score) over its sum, and cannot divide 0 by 0.
+        weights = scores.softmax(dim=-1) if config.norm_topk_prob else scores.exp()
+        self._account(router_logits, log_probs, experts, token_mask)
+        tables = (self.down_embed.weight, self.up_embed.weight)
+        return flash_expert(x, *tables, experts, weights, hidden_act=config.hidden_act, backend=config.backend)
+
+    def _account(self, router_logits: Tensor, log_probs: Tensor, experts: Tensor, token_mask: Tensor | None) -> None:
+        """Usage counts and ``router_loss``."""
+        config = self.config
+        self.router_loss = None
+        wants_aux = self.training and config.router_aux_loss_coef > 0
+        wants_z = self.training and config.router_z_loss_coef > 0
+        token_weights = None if token_mask is None else token_mask.float()
+        losses = []
+        if wants_aux or config.track_expert_usage:
+            counts = count_experts(experts, config.num_experts, token_mask)
+            if config.track_expert_usage:
+                self._counts().add_(counts)
+            if wants_aux:
+                losses.append(config.router_aux_loss_coef * load_balancing_loss(log_probs, counts, token_weights))
+        if wants_z:
+            losses.append(config.router_z_loss_coef * router_z_loss(router_logits, token_weights))
+        if losses:
+            self.router_loss = sum(losses[1:], start=losses[0])
+
+
+def expert_up_std(config: FlashMoEConfig) -> float:
+    """Standard deviation of ``up_embed`` at the start: 1 / sqrt(sum_k weight_k^2) for the weights routing starts with.
+
+    Unit-variance logits make E sums of variance 2, and the k-th largest of those is near their quantile (k - 1/2) / E;
+    a sum s has weight exp(s) / (N e^(1/2))^2. The dense branch's output has the mean square of act at unit-variance
+    input, and so has a routed output whose squared weights, times this variance, sum to 1.
+    """
+    E, K = config.num_experts, config.num_experts_per_tok
+    normal = NormalDist(sigma=math.sqrt(2))
+    weights = [math.exp(normal.inv_cdf(1 - (k + 0.5) / E)) / (E * math.e) for k in range(K)]
+    total = sum(weights) if config.norm_topk_prob else 1.0
+    return total / math.sqrt(sum(weight**2 for weight in weights))
+
+
+def _router_norm(config: FlashMoEConfig) -> nn.Module:
+    if config.router_norm == "batch":
+        return nn.BatchNorm1d(config.hidden_size, affine=False)
+    if config.router_norm == "rms":
+        return nn.RMSNorm(config.hidden_size, eps=1e-6, elementwise_affine=False)
+    return nn.Identity()
+
+
+def _token_mask(attention_mask: Tensor, hidden_states: Tensor) -> Tensor:
+    check_shape("attention_mask", attention_mask, tuple(hidden_states.shape[:-1]), "[...]")
+    check_same_device(hidden_states=hidden_states, attention_mask=attention_mask)
+    return attention_mask.reshape(-1) != 0

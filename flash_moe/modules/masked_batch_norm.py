@@ -1,0 +1,32 @@
+"""BatchNorm over the tokens that are not padding, without a device synchronisation."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+
+def masked_batch_norm(x: Tensor, token_mask: Tensor, norm: nn.BatchNorm1d) -> Tensor:
+    """``norm`` in training on the rows of ``x [T, H]`` with a True ``token_mask [T]``; the others become 0.
+
+    Updates the running statistics as ``norm`` does. Statistics are float32.
+    """
+    token_weights = token_mask[:, None].float()
+    num_tokens = token_weights.sum()
+    x_float = x.float()
+    mean = (x_float * token_weights).sum(0) / num_tokens.clamp(min=1)
+    centered = (x_float - mean) * token_weights
+    sum_of_squares = centered.square().sum(0)
+    _update_running(norm, mean, sum_of_squares / (num_tokens - 1).clamp(min=1), num_tokens)
+    variance = sum_of_squares / num_tokens.clamp(min=1)
+    return (centered * torch.rsqrt(variance + norm.eps)).to(x.dtype)
+
+
+@torch.no_grad()
+def _update_running(norm: nn.BatchNorm1d, mean: Tensor, unbiased_variance: Tensor, num_tokens: Tensor) -> None:
+    # A batch that is all padding leaves the statistics as they are.
+    momentum = cast(float, norm.momentum) * (num_tokens > 0)
+    for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased_variance)):
+        running = cast(Tensor, running)
+        running += momentum * (batch - running)
+    cast(Tensor, norm.num_batches_tracked).add_((num_tokens > 0).to(torch.int64))
