@@ -39,6 +39,8 @@ sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
 assert not set({hidden!r}) & set(sys.modules)
 """
 OPTIONAL = ("triton", "numpy", "typer", "rich", "matplotlib", "safetensors", "transformers")
+# torch works without numpy and says so once.
+WARNINGS = ("-W", "error", "-W", "ignore:Failed to initialize NumPy:UserWarning")
 USE_ON_CPU = """
 import torch, flash_moe
 config = flash_moe.FlashMoEConfig(hidden_size=8, intermediate_size=4, num_experts=9, num_experts_per_tok=2)
@@ -51,7 +53,7 @@ assert y.shape == (2, 3, 8) and router_logits.shape == (2, 6, 3)
 def run_without(hidden, code):
     """Run ``code`` in a fresh process that has no GPU and none of the packages in ``hidden``."""
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", HIDE.format(hidden=hidden) + code]
+    command = [sys.executable, *WARNINGS, "-c", HIDE.format(hidden=hidden) + code]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
