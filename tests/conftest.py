@@ -1,0 +1,68 @@
+"""The device the tests run on. Without a GPU the Triton kernels run in Triton's interpreter, on the CPU."""
+
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Triton reads this when it is imported, so it stands before any import of flash_moe or triton.
+    os.environ["TRITON_INTERPRET"] = "1"
+# Small tensors everywhere: on a large host the hand-out to a hundred threads would cost more than the work.
+torch.set_num_threads(min(torch.get_num_threads(), 4))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    """The torch.compile backend: inductor where it can build its kernels, else aot_eager, which traces just the same."""
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "c++")
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    return "inductor" if has_headers and any(map(shutil.which, compilers)) else "aot_eager"
+
+
+@pytest.fixture
+def print_throughput(device: torch.device) -> Callable[..., None]:
+    """On a GPU, print time, speed-up, TB/s and peak memory of each function; on a CPU, nothing."""
+    return _print_throughput if device.type == "cuda" else lambda *_: None
+
+
+def _print_throughput(title: str, nbytes: int, functions: dict[str, Callable[[], object]]) -> None:
+    """``nbytes``: what any implementation must move; the first of ``functions`` is what the others are compared with."""
+    from flash_moe.testing import peak_nbytes
+
+    print(f"\n{title}, {torch.cuda.get_device_name()}\n{'':10}{'ms':>9}{'speed-up':>10}{'TB/s':>8}{'peak MiB':>10}")
+    first_ms = None
+    for name, function in functions.items():
+        ms = _median_ms(function)
+        first_ms = first_ms or ms
+        peak_mib = peak_nbytes(function, "cuda") / 2**20
+        print(f"{name:10}{ms:9.3f}{first_ms / ms:9.2f}x{nbytes / ms / 1e9:8.2f}{peak_mib:10.1f}")
+
+
+def _median_ms(function: Callable[[], object], repeats: int = 20) -> float:
+    for _ in range(3):
+        function()
+    start, end = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats)] for _ in range(2))
+    for i in range(repeats):
+        start[i].record()
+        function()
+        end[i].record()
+    torch.cuda.synchronize()
+    return sorted(s.elapsed_time(e) for s, e in zip(start, end, strict=True))[repeats // 2]
