@@ -208,11 +208,16 @@ def test_make_installs_once_under_the_constraints(target, extra, tmp_path):
     assert installs
     assert all("-c constraints.txt" in line for line in installs)
     assert f"'.[{extra}]'" in installs[-1]
+    assert f"touch .venv/.installed-{extra}" in first
 
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "pip").touch()
-    (tmp_path / ".venv" / f".installed-{extra}").touch()
+    stamp = tmp_path / ".venv" / f".installed-{extra}"
+    stamp.touch()
     assert "pip" not in dry_run(tmp_path, target)
+    later = stamp.stat().st_mtime + 10
+    os.utime(tmp_path / "constraints.txt", (later, later))
+    assert "pip install" in dry_run(tmp_path, target)
 
 
 def readme_commands():
