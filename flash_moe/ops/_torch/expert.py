@@ -25,6 +25,8 @@ CUDA_TILE = 2**24
 # Elements of a float32 block of columns of a table gradient, unless that would be narrower than MIN_COLUMNS.
 COLUMN_BLOCK = 2**24
 MIN_COLUMNS = 64
+# Above this many experts a token, embedding_bag's plain left-to-right float32 sum is measurably less exact than sum's.
+MAX_BAG_EXPERTS = 256
 
 
 # grad * act'(s); the names are those of ACTIVATIONS.
@@ -111,9 +113,9 @@ def _pair_dots(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
 
 def _pair_sums(table: Tensor, indices: Tensor, coefficients: Tensor) -> Tensor:
     """``[T, H]`` in the table's dtype: sum_k coefficients[t,k] * table[indices[t,k]], summed in float32."""
-    if table.dtype == torch.float32 and indices.numel() > 0:
+    # In 16 bits embedding_bag would round the coefficients.
+    if table.dtype == torch.float32 and indices.numel() > 0 and indices.shape[1] <= MAX_BAG_EXPERTS:
         return F.embedding_bag(indices, table, mode="sum", per_sample_weights=coefficients)
-    # embedding_bag would round the coefficients to 16 bits.
     out = table.new_zeros(indices.shape[0], table.shape[1])
     total = coefficients.new_zeros(())
     for t, k, gathered in _gathered_tiles(table, indices):
