@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Keys a program sorts at a time: 64-bit keys, so 4096 of them are 32 KB of registers.
-MAX_SORT = 4096
-# Keys a warp holds at a time, 16 a lane.
-KEYS_PER_WARP = 512
-BLOCK_N, BLOCK_K = 64, 64
+PADDING = tl.constexpr(-(2**63))
+# Keys sorted at a time, unless more than these must be kept. More does no less work and takes far longer to compile.
+MAX_SORT = 512
+# Keys a warp holds at a time, 4 a lane: with 16 the sorts of K 512 take 30 s to compile instead of 5.
+KEYS_PER_WARP = 128
+BACKWARD_BLOCK_N, BACKWARD_BLOCK_K, BACKWARD_WARPS = 128, 16, 1
 
 
 @triton.jit
@@ -27,7 +28,7 @@ def _pack(scores, ids, mask):
     bits = scores.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - ids.to(tl.int64))
-    return tl.where(mask, keys, -0x8000000000000000)
+    return tl.where(mask, keys, PADDING)
 
 
 @triton.jit
@@ -44,8 +45,8 @@ def _ids(keys):
 @triton.jit
 def _merge_best(best, keys, SIZE: tl.constexpr):
     """The SIZE greatest of ``best [SIZE]`` and ``keys``, in descending order."""
-    both = tl.join(best, tl.topk(keys, SIZE))
-    return tl.topk(tl.reshape(both, [2 * SIZE]), SIZE)
+    # Of two sorted lists, one reversed, the elementwise maxima are the SIZE greatest, unsorted.
+    return tl.topk(tl.maximum(best, tl.flip(tl.topk(keys, SIZE), 0)), SIZE)
 
 
 @triton.jit
@@ -56,10 +57,12 @@ def _half_keys(logits_ptr, start, N, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _rank_half(logits_ptr, N, R: tl.constexpr, BLOCK_N: tl.constexpr):
+def _rank_half(logits_ptr, N, R: tl.constexpr, BLOCK_N: tl.constexpr, N_IS_ONE_BLOCK: tl.constexpr):
     """Keys of the R best logits, in descending order."""
-    best = tl.topk(_half_keys(logits_ptr, 0, N, BLOCK_N), R)
-    for start in range(BLOCK_N, N, BLOCK_N):
+    if N_IS_ONE_BLOCK:
+        return tl.topk(_half_keys(logits_ptr, 0, N, BLOCK_N), R)
+    best = tl.full([R], PADDING, tl.int64)
+    for start in range(0, N, BLOCK_N):
         best = _merge_best(best, _half_keys(logits_ptr, start, N, BLOCK_N), R)
     return best
 
@@ -95,13 +98,17 @@ def _router_fwd_kernel(
     NUM_SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    N_IS_ONE_BLOCK: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
-    rows = _rank_half(logits_ptr + t * N, N, R, BLOCK_N)
-    cols = _rank_half(logits_ptr + (t + T) * N, N, R, BLOCK_N)
-    best = tl.topk(_pair_keys(rows, cols, 0, N, K, R, K_POW2, LOG_K, BLOCK_C), K_POW2)
-    for start in range(BLOCK_C, NUM_SLOTS, BLOCK_C):
-        best = _merge_best(best, _pair_keys(rows, cols, start, N, K, R, K_POW2, LOG_K, BLOCK_C), K_POW2)
+    rows = _rank_half(logits_ptr + t * N, N, R, BLOCK_N, N_IS_ONE_BLOCK)
+    cols = _rank_half(logits_ptr + (t + T) * N, N, R, BLOCK_N, N_IS_ONE_BLOCK)
+    if NUM_SLOTS <= BLOCK_C:
+        best = tl.topk(_pair_keys(rows, cols, 0, N, K, R, K_POW2, LOG_K, BLOCK_C), K_POW2)
+    else:
+        best = tl.full([K_POW2], PADDING, tl.int64)
+        for start in range(0, NUM_SLOTS, BLOCK_C):
+            best = _merge_best(best, _pair_keys(rows, cols, start, N, K, R, K_POW2, LOG_K, BLOCK_C), K_POW2)
     k = tl.arange(0, K_POW2)
     tl.store(scores_ptr + t * K + k, _scores(best), mask=k < K)
     tl.store(indices_ptr + t * K + k, _ids(best), mask=k < K)
@@ -127,7 +134,7 @@ def _router_bwd_kernel(dscores_ptr, indices_ptr, dlogits_ptr, T, N, K, BLOCK_N: 
 
 
 def _num_warps(num_keys: int) -> int:
-    return max(1, min(8, num_keys // KEYS_PER_WARP))
+    return max(1, min(16, num_keys // KEYS_PER_WARP))
 
 
 def router_forward(router_logits: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
@@ -157,6 +164,7 @@ def router_forward(router_logits: Tensor, num_experts_per_tok: int) -> tuple[Ten
             num_slots,
             block_n,
             block_c,
+            block_n >= N,
             num_warps=_num_warps(max(block_n, block_c)),
         )
     return scores, indices
@@ -166,7 +174,18 @@ def router_backward(grad_scores: Tensor, indices: Tensor, num_expert_keys: int) 
     """``grad_logits [2, T, N]``, summed in float32 in the order of k."""
     T, K = indices.shape
     grad_logits = grad_scores.new_empty(2, T, num_expert_keys)
-    grid = (T, triton.cdiv(num_expert_keys, BLOCK_N), 2)
+    block_n = min(BACKWARD_BLOCK_N, triton.next_power_of_2(num_expert_keys))
+    grid = (T, triton.cdiv(num_expert_keys, block_n), 2)
     with torch.cuda.device_of(grad_scores):
-        _router_bwd_kernel[grid](grad_scores, indices, grad_logits, T, num_expert_keys, K, BLOCK_N, BLOCK_K)
+        _router_bwd_kernel[grid](
+            grad_scores,
+            indices,
+            grad_logits,
+            T,
+            num_expert_keys,
+            K,
+            block_n,
+            BACKWARD_BLOCK_K,
+            num_warps=BACKWARD_WARPS,
+        )
     return grad_logits
