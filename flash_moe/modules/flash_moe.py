@@ -88,7 +88,8 @@ class FlashMoE(nn.Module):
         weights = exp(scores), divided by their sum over K with norm_topk_prob
         y = sum_k weights[k] * act(x . down_embed[e_k]) * up_embed[e_k]  +  down_proj(act(gate_proj x) * up_proj x)
 
-    Softmax, scores and weights are float32, whatever the dtype of ``x``.
+    Softmax, scores and weights are float32, whatever the dtype of ``x``. Under autocast the router's norm and gate keep
+    the parameters' dtype, and the MLP and the experts run in the autocast dtype.
 
     Attributes:
         router_loss: ``None``, or, while training with ``router_aux_loss_coef`` or ``router_z_loss_coef`` above 0,
@@ -147,8 +148,7 @@ class FlashMoE(nn.Module):
         token_mask = None if attention_mask is None else _token_mask(attention_mask, hidden_states)
         # With their inputs zeroed, padded tokens are exactly zero in every later product and gradient.
         router_input = x if token_mask is None else x.masked_fill(~token_mask[:, None], 0.0)
-        normed = self._normalize(router_input, token_mask)
-        router_logits = self.router_gate(normed).view(-1, 2, self.num_expert_keys).transpose(0, 1)
+        router_logits = self._router_logits(router_input, token_mask)
         y = self._routed(router_input, router_logits, token_mask)
         if self.config.intermediate_size > 0:
             projections = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
@@ -186,6 +186,12 @@ class FlashMoE(nn.Module):
                 'train on more tokens at a time, call eval(), or configure router_norm="rms" or "none"'
             )
         return hidden_states
+
+    def _router_logits(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
+        # Autocast would round the logits to 16 bits, and with them which experts win.
+        with torch.autocast(x.device.type, enabled=False):
+            normed = self._normalize(x.to(self.router_gate.weight.dtype), token_mask)
+            return self.router_gate(normed).view(-1, 2, self.num_expert_keys).transpose(0, 1)
 
     def _normalize(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
         if x.shape[0] == 0:
