@@ -95,7 +95,7 @@ def test_expert_gradient_of_a_pre_activation_that_is_exactly_zero(hidden_act, de
     assert_expert_is_exact(inputs, dout, hidden_act)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_expert_takes_float32_routing_weights_and_int32_indices(dtype, device):
     inputs, dout = make_expert_inputs(
         31, 40, 25, 6, dtype, device, indices_dtype=torch.int32, weights_dtype=torch.float32
@@ -296,7 +296,7 @@ def test_router_memory_is_bounded(device, monkeypatch):
     monkeypatch.setattr(router_ops, "CUDA_WORKSPACE", router_ops.CPU_WORKSPACE)
     T, N, K = 2048, 64, 16
     logits = torch.randn(2, T, N, device=device)
-    workspace = 80 * router_ops.CPU_WORKSPACE
+    workspace = (32 if device.type == "cpu" else 80) * router_ops.CPU_WORKSPACE
     outputs = T * K * 12
     forward = peak_nbytes(lambda: router_forward(logits, K), device)
     assert forward <= outputs + workspace

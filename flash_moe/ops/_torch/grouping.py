@@ -20,4 +20,6 @@ def sum_groups(source: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor | 
 
     ``source`` is float32: lower precisions would have ``weights`` rounded to them.
     """
+    if rows.numel() == 0:  # nor need source have a row then
+        return source.new_zeros(offsets.shape[0] - 1, source.shape[1])
     return F.embedding_bag(rows, source, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)

@@ -1,8 +1,8 @@
 """Product router in bounded memory. T tokens, N keys a half, K experts a token, R = min(K, N) ranks, C candidates.
 
 A float and an id are packed into one int64 whose order is (value descending, id ascending), so every key is unique and
-one ``topk`` settles ties too. Tokens go in chunks: beyond inputs and outputs a call holds some 80 bytes for each of
-max(workspace, one token's 2 N + C) elements, and C <= K (1 + ln R).
+one ``topk`` settles ties too. Tokens go in chunks: beyond inputs and outputs a call holds at most 32 bytes (a GPU's
+sort wants its own besides) for each of max(workspace, one token's 2 N + C) elements, and C <= K (1 + ln R).
 """
 
 from functools import lru_cache
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from flash_moe.ops._torch.grouping import group_by_key, sum_groups
 
-# Elements of a chunk's widest arrays. A CPU chunk stays in its caches; a GPU chunk amortises the launches.
-CPU_WORKSPACE = 2**17
+# Elements of a chunk's widest arrays: on a CPU at most 8 MB, and within 2 % of the time without chunks (T 4096, N 128,
+# K 32); on a GPU enough to amortise the launches.
+CPU_WORKSPACE = 2**18
 CUDA_WORKSPACE = 2**23
 
 ID_MASK = 2**32 - 1
