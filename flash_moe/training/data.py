@@ -1,7 +1,7 @@
 """Text as bytes: which files make a corpus, which of them are held out, and windows read from memory-mapped files.
 
-A corpus is copied once, in pieces, into two files of the run folder: ``train.bin`` and ``heldout.bin``. Batches are read
-through memory maps, so neither step holds more than a piece of the corpus in memory.
+A corpus is copied once, in pieces, into two files of the run folder, ``train.bin`` and ``heldout.bin``. Batches are
+read through memory maps, so at no time is more than a piece of the corpus held in memory.
 """
 
 import hashlib
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from flash_moe.training.files import write_json
 
 TRAIN_FILE, HELDOUT_FILE, RECORD_FILE = "train.bin", "heldout.bin", "corpus.json"
 TEXT_SUFFIXES = frozenset({".py", ".pyi", ".txt", ".rst", ".md", ".html"})
@@ -74,36 +76,43 @@ def build_corpus(data: str | Path | None, folder: str | Path, *, min_bytes: int 
     Raises:
         ValueError: ``data`` does not exist, holds no text, or too little of it.
     """
-    files = [(name, path, path.stat().st_size) for name, path in find_files(data)]
     source = f"standard library of Python {platform.python_version()}" if data is None else str(Path(data).resolve())
-    if not sum(size for _, _, size in files):
-        raise ValueError(f"data: expected text; found none in {source} ({len(files)} text files)")
+    files = [(name, path, path.stat().st_size) for name, path in find_files(data)]
+    num_bytes = sum(size for _, _, size in files)
+    if num_bytes == 0:
+        raise ValueError(f"data: expected text; found {len(files)} text files and no bytes in them in {source}")
     heldout_bytes = sum(size for name, _, size in files if is_heldout(name))
-    train_bytes = sum(size for _, _, size in files) - heldout_bytes
-    split = "file" if min(heldout_bytes, train_bytes) >= min_bytes else "position"
+    by_position = min(heldout_bytes, num_bytes - heldout_bytes) < min_bytes
+    if by_position:
+        heldout_bytes = sum(size // HELDOUT_ONE_IN for _, _, size in files)
+    if min(heldout_bytes, num_bytes - heldout_bytes) < min_bytes:
+        raise ValueError(
+            f"data: expected at least {min_bytes} bytes to train on and as many to hold out; "
+            f"{source} gives {num_bytes - heldout_bytes} and {heldout_bytes}"
+        )
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    whole, written = hashlib.sha256(), [0, 0]
+    whole, train_bytes, heldout_bytes = hashlib.sha256(), 0, 0
     with open(folder / TRAIN_FILE, "wb") as train, open(folder / HELDOUT_FILE, "wb") as heldout:
         for name, path, size in files:
-            if split == "file":
-                cut = 0 if is_heldout(name) else size
-            else:
-                cut = size - size // HELDOUT_ONE_IN
+            cut = size - size // HELDOUT_ONE_IN if by_position else 0 if is_heldout(name) else size
             whole.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
             for offset, piece in _pieces(path, size):
                 whole.update(piece)
                 before_cut = max(0, min(len(piece), cut - offset))
-                written[0] += train.write(piece[:before_cut])
-                written[1] += heldout.write(piece[before_cut:])
-    if min(written) < min_bytes:
-        raise ValueError(
-            f"data: expected at least {min_bytes} bytes to train on and as many to hold out; "
-            f"{source} gives {written[0]} and {written[1]}"
-        )
-    corpus = Corpus(source, split, len(files), sum(written), *written, whole.hexdigest())
-    (folder / RECORD_FILE).write_text(json.dumps(asdict(corpus), indent=2) + "\n")
+                train_bytes += train.write(piece[:before_cut])
+                heldout_bytes += heldout.write(piece[before_cut:])
+    corpus = Corpus(
+        source=source,
+        split="position" if by_position else "file",
+        num_files=len(files),
+        num_bytes=train_bytes + heldout_bytes,
+        train_bytes=train_bytes,
+        heldout_bytes=heldout_bytes,
+        sha256=whole.hexdigest(),
+    )
+    write_json(folder / RECORD_FILE, asdict(corpus))
     return corpus
 
 

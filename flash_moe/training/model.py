@@ -4,11 +4,13 @@ Legend: B sequences, S bytes each, H hidden size, V = 256 byte values, L layers.
 """
 
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flash_moe._checks import check_int
 from flash_moe.modules.flash_moe import FlashMoE, FlashMoEConfig
 
 VOCAB_SIZE = 256
@@ -25,7 +27,7 @@ class LanguageModelConfig:
     num_experts: int = 1024
     num_experts_per_tok: int = 16
     norm_topk_prob: bool = True
-    router_norm: str = "batch"
+    router_norm: Literal["batch", "rms", "none"] = "batch"
     router_aux_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
     context_length: int = 256
@@ -33,13 +35,12 @@ class LanguageModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_layers", "num_heads", "context_length"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer; got {value!r}")
+            check_int(name, getattr(self, name), 1, 2**31 - 1)
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
                 f"num_heads: expected hidden_size / num_heads to be even; got {self.hidden_size} / {self.num_heads}"
             )
+        self.moe()  # checks the rest
 
     def moe(self) -> FlashMoEConfig:
         """The configuration of every layer's mixture of experts."""
@@ -78,7 +79,7 @@ class LanguageModel(nn.Module):
         return F.linear(self.norm(x), self.embed.weight)
 
     def moe_layers(self) -> list[FlashMoE]:
-        return [layer.moe for layer in self.layers]
+        return [cast(DecoderLayer, layer).moe for layer in self.layers]
 
     def router_loss(self) -> Tensor | None:
         """The sum of the layers' auxiliary losses in the last forward, ``None`` where none is asked for."""

@@ -17,7 +17,10 @@ def build_optimizer(
     so the tables want a larger step.
     """
     tables = {
-        id(table.weight) for moe in model.modules() if isinstance(moe, FlashMoE) for table in (moe.down_embed, moe.up_embed)
+        id(table.weight)
+        for moe in model.modules()
+        if isinstance(moe, FlashMoE)
+        for table in (moe.down_embed, moe.up_embed)
     }
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - tables
     groups: dict[str, list[nn.Parameter]] = {"experts": [], "matrices": [], "rest": []}
