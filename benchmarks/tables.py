@@ -1,0 +1,252 @@
+"""Writes the tables of README.md, README_zh.md and docs/*.md from the rows committed in benchmarks/results/*.jsonl.
+
+Run: python benchmarks/tables.py          rewrites the text between <!-- table: NAME --> and <!-- /table -->
+     python benchmarks/tables.py --check  changes nothing and fails where a document is not what the rows give
+
+NAME is one of
+    training         the runs of flash-moe train, one line a run
+    loss curve       the picture of the GPU run, where one is committed
+    gpu OP, cpu OP   the timings of one op or layer on that kind of device
+
+A timing row has op, case, backend, pass, time_us [p20, p50, p80], torch, commit, date, and gpu or cpu (a name; with
+cpu also threads); it may have dtype, gb_per_s, tflops, peak_mib and triton. A training row has preset, steps, seconds,
+heldout_bits_per_byte, tokens_per_s, params, torch, commit, date, and gpu or cpu. Of rows that measure the same thing on
+the same device the last counts. Only the .jsonl files of the folder itself are read: raw data goes into subfolders.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LOSS_CURVE = Path("benchmarks/results/train_gpu/loss.png")
+TIMING_FIELDS = ("op", "case", "backend", "pass", "time_us", "torch", "commit", "date")
+TRAINING_FIELDS = (
+    "preset", "steps", "seconds", "heldout_bits_per_byte", "tokens_per_s", "params", "torch", "commit", "date"
+)  # fmt: skip
+# The ratio column compares with this backend: plain PyTorch, which gathers [T, K, H] and ranks every candidate.
+BASELINE = "reference"
+MARKED = re.compile(r"(?P<open><!-- table: (?P<name>[^>]+?) -->\n)(?P<body>.*?)(?P<close><!-- /table -->)", re.DOTALL)
+
+Row = dict[str, Any]
+
+WORDS = {
+    "en": {
+        "none": "No row is committed yet.",
+        "stop": ".",
+        "preset": "preset", "device": "device", "params": "parameters", "steps": "steps", "tokens_per_s": "tokens/s",
+        "seconds": "time", "heldout": "held-out bits per byte",
+        "case": "case", "pass": "pass", "backend": "backend", "time": "time, ms (p20 to p80)", "ratio": "speed-up",
+        "gb_per_s": "TB/s", "tflops": "TFLOP/s", "peak_mib": "peak MiB", "commit": "commit", "threads": "threads",
+        "loss curve": "Loss of the GPU run: bits per byte over training steps",
+    },
+    "zh": {
+        "none": "尚未提交任何数据。",
+        "stop": "。",
+        "preset": "预设", "device": "设备", "params": "参数量", "steps": "步数", "tokens_per_s": "词元/秒",
+        "seconds": "用时", "heldout": "留出文本的每字节比特数",
+        "case": "规模", "pass": "阶段", "backend": "后端", "time": "耗时，毫秒（p20 至 p80）", "ratio": "加速比",
+        "gb_per_s": "TB/s", "tflops": "TFLOP/s", "peak_mib": "峰值 MiB", "commit": "提交", "threads": "线程",
+        "loss curve": "GPU 训练的损失曲线：每字节比特数随步数的变化",
+    },
+}  # fmt: skip
+PASSES = {
+    "forward": {"en": "forward", "zh": "前向"},
+    "backward": {"en": "backward", "zh": "反向"},
+    "forward_backward": {"en": "forward + backward", "zh": "前向 + 反向"},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where a document is stale")
+    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    stale = False
+    for path, text in render_documents(args.root).items():
+        if text == path.read_text(encoding="utf-8"):
+            continue
+        stale = True
+        if args.check:
+            print(f"{path.relative_to(args.root)} is stale: run python benchmarks/tables.py")
+        else:
+            path.write_text(text, encoding="utf-8")
+            print(f"rewrote {path.relative_to(args.root)}")
+    return int(args.check and stale)
+
+
+def render_documents(root: Path) -> dict[Path, str]:
+    """Every document with tables, as it should read. Raises ``ValueError`` at a row that no document shows."""
+    rows = read_rows(root / "benchmarks" / "results")
+    texts = {path: path.read_text(encoding="utf-8") for path in find_documents(root)}
+    shown = {match["name"] for text in texts.values() for match in MARKED.finditer(text)}
+    for row in rows:
+        if table_of(row) not in shown:
+            raise ValueError(f"expected a document with <!-- table: {table_of(row)} -->, for the row {row}; found none")
+    return {path: render_text(text, rows, root, path) for path, text in texts.items() if MARKED.search(text)}
+
+
+def find_documents(root: Path) -> list[Path]:
+    return sorted([*root.glob("README*.md"), *(root / "docs").glob("*.md")])
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of every .jsonl file in the folder, checked. Raises ``ValueError`` with the file and line."""
+    rows = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                check_row(row)
+            except ValueError as error:
+                raise ValueError(f"{path.name}, line {number}: {error}") from error
+            rows.append(row)
+    return rows
+
+
+def check_row(row: Row) -> None:
+    fields = TRAINING_FIELDS if "preset" in row else TIMING_FIELDS
+    if missing := [field for field in fields if row.get(field) is None]:
+        raise ValueError(f"expected the fields {', '.join(fields)}; {', '.join(missing)} missing")
+    if bool(row.get("gpu")) == bool(row.get("cpu")):
+        raise ValueError("expected the name of the device in gpu or in cpu, and the other empty or absent")
+    if "preset" in row:
+        return
+    if row["pass"] not in PASSES:
+        raise ValueError(f"expected pass to be one of {', '.join(PASSES)}; got {row['pass']!r}")
+    times = row["time_us"]
+    if len(times) != 3 or not 0 < times[0] <= times[1] <= times[2]:
+        raise ValueError(f"expected time_us to be [p20, p50, p80]; got {times}")
+
+
+def table_of(row: Row) -> str:
+    if "preset" in row:
+        return "training"
+    return f"{'gpu' if row.get('gpu') else 'cpu'} {row['op']}"
+
+
+def render_text(text: str, rows: Sequence[Row], root: Path, path: Path) -> str:
+    language = "zh" if path.stem.endswith("_zh") else "en"
+
+    def fill(match: re.Match[str]) -> str:
+        return match["open"] + render_table(match["name"], rows, language, root, path) + match["close"]
+
+    return MARKED.sub(fill, text)
+
+
+def render_table(name: str, rows: Sequence[Row], language: str, root: Path, path: Path) -> str:
+    words = WORDS[language]
+    if name == "loss curve":
+        if not (root / LOSS_CURVE).exists():
+            return words["none"] + "\n"
+        up = "../" * len(path.relative_to(root).parent.parts)
+        return f"![{words['loss curve']}]({up}{LOSS_CURVE.as_posix()})\n"
+    if name != "training" and not re.fullmatch(r"(gpu|cpu) \w+", name):
+        raise ValueError(f"{path.name}: expected the table training, loss curve, gpu OP or cpu OP; got {name!r}")
+    chosen = [row for row in rows if table_of(row) == name]
+    if not chosen:
+        return words["none"] + "\n"
+    return training_table(chosen, words) if name == "training" else timing_tables(chosen, words, language)
+
+
+def training_table(rows: Sequence[Row], words: dict[str, str]) -> str:
+    header = [words[key] for key in ("preset", "device", "params", "steps", "tokens_per_s", "seconds", "heldout")]
+    last = last_of(rows, lambda row: (row["preset"], device(row, words)))
+    lines = [
+        [
+            f"`{row['preset']}`",
+            device(row, words),
+            f"{row['params'] / 1e6:,.1f} M",
+            f"{row['steps']:,}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['seconds']:,.0f} s",
+            f"{row['heldout_bits_per_byte']:.3f}",
+        ]
+        for row in last
+    ]
+    return markdown(header, lines, left=2) + caption(last, words)
+
+
+def timing_tables(rows: Sequence[Row], words: dict[str, str], language: str) -> str:
+    """One table for each device and set of versions, each with its caption."""
+    last = last_of(rows, lambda row: (*measured(row), row["backend"], environment(row, words)))
+    tables = []
+    for where in dict.fromkeys(environment(row, words) for row in last):
+        here = [row for row in last if environment(row, words) == where]
+        tables.append(timing_table(here, words, language) + caption(here, words))
+    return "\n".join(tables)
+
+
+def timing_table(rows: Sequence[Row], words: dict[str, str], language: str) -> str:
+    optional = [key for key in ("gb_per_s", "tflops", "peak_mib") if any(row.get(key) is not None for row in rows)]
+    baseline = {measured(row): row["time_us"][1] for row in rows if row["backend"] == BASELINE}
+    header = [words[key] for key in ("case", "pass", "backend", "time", "ratio", *optional)]
+    order = list(dict.fromkeys(case(row) for row in rows))
+    lines = []
+    for row in sorted(rows, key=lambda row: (order.index(case(row)), list(PASSES).index(row["pass"]))):
+        p20, p50, p80 = (milliseconds(time) for time in row["time_us"])
+        before = baseline.get(measured(row))
+        ratio = "" if before is None else f"{before / row['time_us'][1]:.2f} ×"
+        numbers = ["" if row.get(key) is None else quantity(key, row[key]) for key in optional]
+        time = f"{p50} ({p20} – {p80})"
+        lines.append([case(row), PASSES[row["pass"]][language], row["backend"], time, ratio, *numbers])
+    return markdown(header, lines, left=3)
+
+
+def measured(row: Row) -> tuple[str, str]:
+    return case(row), row["pass"]
+
+
+def case(row: Row) -> str:
+    sizes = row["case"]
+    text = ", ".join(f"{name} {size}" for name, size in sizes.items()) if isinstance(sizes, dict) else str(sizes)
+    return f"{text}, {row['dtype']}" if row.get("dtype") and row["dtype"] not in text else text
+
+
+def device(row: Row, words: dict[str, str]) -> str:
+    if row.get("gpu"):
+        return str(row["gpu"])
+    return f"{row['cpu']}, {row['threads']} {words['threads']}" if row.get("threads") else str(row["cpu"])
+
+
+def environment(row: Row, words: dict[str, str]) -> str:
+    versions = [f"{name} {row[name]}" for name in ("torch", "triton") if row.get(name)]
+    return ", ".join([device(row, words), *versions])
+
+
+def caption(rows: Sequence[Row], words: dict[str, str]) -> str:
+    notes = (
+        f"{environment(row, words)}, {words['commit']} {row['commit'][:7]}, {row['date'][:10]}{words['stop']}"
+        for row in rows
+    )
+    return "\n" + "\n".join(dict.fromkeys(notes)) + "\n"
+
+
+def milliseconds(time_us: float) -> str:
+    ms = time_us / 1000
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
+
+
+def quantity(key: str, value: float) -> str:
+    return f"{value / 1000:.2f}" if key == "gb_per_s" else f"{value:,.0f}" if key == "tflops" else f"{value:,.1f}"
+
+
+def last_of(rows: Iterable[Row], key: Callable[[Row], object]) -> list[Row]:
+    """The last row of each key, in the order in which the keys first occur."""
+    return list({key(row): row for row in rows}.values())
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
+    """A table whose first ``left`` columns are aligned left and the others right."""
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
