@@ -15,8 +15,8 @@ from torch import Tensor
 PADDING = tl.constexpr(-(2**63))
 # Keys sorted at a time, unless more than these must be kept. More does no less work and takes far longer to compile.
 MAX_SORT = 512
-# One warp sorts up to MAX_SORT keys: on an H200 1.7 ms at T 4096, N 320, K 512 against 1.8 to 2.4 with 2 to 8 warps. More
-# keys than that go 128 to a warp, since with 512 they take a minute to compile.
+# One warp sorts up to MAX_SORT keys: on an H200 1.7 ms at T 4096, N 320, K 512 against 1.8 to 2.4 with 2 to 8 warps.
+# More keys than that go 128 to a warp, since with 512 they take a minute to compile.
 KEYS_PER_WARP = 128
 # Best of eight shapes on an H200 at every size but T = 1: 0.025 ms at T 4096, N 128, K 64.
 BACKWARD_BLOCK_N, BACKWARD_BLOCK_K, BACKWARD_WARPS = 128, 8, 1
