@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from flash_moe import FlashMoE, FlashMoEConfig
 from flash_moe.modules.flash_moe import expert_up_std
 from flash_moe.ops._reference.router import router_reference
-from flash_moe.testing import assert_no_worse_than
 
 ACTIVATIONS = {
     "silu": lambda x: x * torch.sigmoid(x),
@@ -77,7 +76,9 @@ def documented_layer(state, x, config, training, experts=None):
     """The layer on ``x [T, H]``, step by step as its documents give it; ``experts [T, K]`` overrides the top K."""
     T, N, K = x.shape[0], config.num_expert_keys, config.num_experts_per_tok
     act = ACTIVATIONS[config.hidden_act]
-    router_logits = (documented_norm(state, x, config, training) @ state["router_gate.weight"].T).view(T, 2, N).transpose(0, 1)
+    router_logits = (
+        (documented_norm(state, x, config, training) @ state["router_gate.weight"].T).view(T, 2, N).transpose(0, 1)
+    )
     row, col = router_logits - torch.log(torch.exp(router_logits).sum(-1, keepdim=True))
     if experts is None:
         experts = (row[:, :, None] + col[:, None, :]).reshape(T, N * N).topk(K).indices
@@ -106,8 +107,11 @@ def documented_norm(state, x, config, training):
 def run_documented(checkpoint, x, upstream, config, training, experts=None):
     """Outputs and all gradients of ``documented_layer``, by name, in the dtype of ``x``."""
     x = x.detach().requires_grad_()
-    state = {name: cast(value, x.dtype).detach().requires_grad_() for name, value in checkpoint.items()
-             if "num_batches" not in name}
+    state = {
+        name: cast(value, x.dtype).detach().requires_grad_()
+        for name, value in checkpoint.items()
+        if "num_batches" not in name
+    }
     outputs = documented_layer(state, x.flatten(0, -2), config, training, experts)
     outputs = (outputs[0].view(x.shape), outputs[1])
     names = [name for name in state if "running" not in name]
@@ -116,9 +120,9 @@ def run_documented(checkpoint, x, upstream, config, training, experts=None):
 
 
 def run_layer(layer, x, upstream, call=None, **kwargs):
-    """Outputs and all gradients of ``layer``, by name, ``router_loss`` taking part; ``call`` is another way to run it."""
+    """Outputs and all gradients of ``layer``, ``router_loss`` taking part; ``call`` is another way to run it."""
     x = x.detach().requires_grad_()
-    outputs = (call or layer)(x, **kwargs)
+    outputs = (layer if call is None else call)(x, **kwargs)
     roots, upstream = list(outputs), list(upstream)
     if layer.router_loss is not None:
         roots.append(layer.router_loss)
@@ -156,6 +160,18 @@ def assert_close(actual, expected, bound):
     assert all(error <= bound for error in errors.values()), errors
 
 
+def assert_rounds_as_well_as(low, exact, actual):
+    """Every error at most twice that of ``low`` and half an eps, in norm.
+
+    Twice, not the quarter more that an op is allowed: one logit rounded otherwise moves whole rows of the gradients.
+    """
+    assert actual.keys() == exact.keys()
+    for name, value in actual.items():
+        budget = 2 * relative_error(low[name], exact[name]) + torch.finfo(value.dtype).eps / 2
+        error = relative_error(value, exact[name])
+        assert error <= budget, f"{name}: error {error:.3e}, budget {budget:.3e}"
+
+
 def assert_same_bits(actual, expected):
     assert actual.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(actual[name], expected[name])]
@@ -181,15 +197,14 @@ def test_checkpoint_gives_documented_arithmetic_in_float64(norm_topk_prob, train
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_checkpoint_gives_documented_arithmetic_in_float32(backend, norm_topk_prob, training, device):
     config = make_config(norm_topk_prob=norm_topk_prob)
-    checkpoint = {name: cast(cast(value, torch.float32), torch.float64)
-                  for name, value in make_checkpoint(config, device).items()}
+    checkpoint = {
+        name: cast(cast(value, torch.float32), torch.float64) for name, value in make_checkpoint(config, device).items()
+    }
     layer = load_layer(checkpoint, torch.float32, norm_topk_prob=norm_topk_prob, backend=backend).train(training)
-    x, upstream = make_data(layer, 3, 11, device=device)
+    x, upstream = make_data(layer, 2, 4, device=device)
     exact = run_documented(checkpoint, x.double(), [each.double() for each in upstream], config, training)
     low = run_documented(checkpoint, x, upstream, config, training)
-    actual = run_layer(layer, x, upstream)
-    assert actual.keys() == exact.keys()
-    assert_no_worse_than(low.values(), [exact[name] for name in low], [actual[name] for name in low], list(low))
+    assert_rounds_as_well_as(low, exact, run_layer(layer, x, upstream))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -200,7 +215,7 @@ def test_hidden_act_is_obeyed_in_each_branch(hidden_act, branch, backend, device
     checkpoint = make_checkpoint(config, device)
     checkpoint["up_embed.weight" if branch == "dense" else "down_proj.weight"].zero_()
     layer = load_layer(checkpoint, torch.float32, hidden_act=hidden_act, backend=backend).eval()
-    x, upstream = make_data(layer, 7, device=device)
+    x, upstream = make_data(layer, 4, device=device)
     exact = [each.double() for each in upstream]
     assert_close(run_layer(layer, x, upstream), run_documented(checkpoint, x.double(), exact, config, False), 1e-5)
 
@@ -281,7 +296,11 @@ def test_state_with_a_missing_or_further_key_or_another_shape_does_not_load():
     checkpoint = make_checkpoint(make_config())
     layer = make_layer()
     renamed = {name.replace("embed", "table"): value for name, value in checkpoint.items()}
-    for state in (renamed, {**checkpoint, "gate_proj.bias": torch.zeros(20)}, make_checkpoint(make_config(num_experts=36))):
+    for state in (
+        renamed,
+        {**checkpoint, "gate_proj.bias": torch.zeros(20)},
+        make_checkpoint(make_config(num_experts=36)),
+    ):
         with pytest.raises(RuntimeError, match=r"state_dict"):
             layer.load_state_dict(state, strict=True)
 
@@ -381,7 +400,7 @@ def test_one_token_cannot_train_batch_norm(shape):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_token_equals_itself_among_others(backend, router_norm, training, device):
     layer = make_layer(device, router_norm=router_norm, backend=backend).train(training)
-    x, (dy, dlogits) = make_data(layer, 5, device=device)
+    x, (dy, dlogits) = make_data(layer, 3, device=device)
     among = run_layer(layer, x, (dy, dlogits))
     alone = run_layer(layer, x[2:3], (dy[2:3], dlogits[:, 2:3]))
     for name in ("y", "grad of hidden_states"):
@@ -395,18 +414,20 @@ def test_no_dense_branch(backend, device):
     checkpoint = {name: value for name, value in make_checkpoint(make_config(), device).items() if "_proj" not in name}
     layer = load_layer(checkpoint, torch.float32, intermediate_size=0, backend=backend)
     assert not any(hasattr(layer, name) for name in ("gate_proj", "up_proj", "down_proj"))
-    x, upstream = make_data(layer, 7, device=device)
+    x, upstream = make_data(layer, 4, device=device)
     exact = [each.double() for each in upstream]
     assert_close(run_layer(layer, x, upstream), run_documented(checkpoint, x.double(), exact, config, True), 1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"num_experts": 1, "num_experts_per_tok": 1}, {"num_experts_per_tok": 25}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"num_experts": 1, "num_experts_per_tok": 1}, {"num_experts_per_tok": 25}], ids=str
+)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_every_expert_chosen(changes, backend, device):
     config = make_config(**changes)
     checkpoint = make_checkpoint(config, device)
     layer = load_layer(checkpoint, torch.float32, backend=backend, **changes)
-    x, upstream = make_data(layer, 7, device=device)
+    x, upstream = make_data(layer, 3, device=device)
     exact = run_documented(checkpoint, x.double(), [each.double() for each in upstream], config, True)
     actual = run_layer(layer, x, upstream)
     if config.num_experts == 1:  # one expert has probability 1, whatever the router
@@ -437,17 +458,22 @@ def test_bad_hidden_states(x, error, message):
     assert_same_bits(layer.state_dict(), before)
 
 
+@pytest.mark.parametrize("intermediate_size", [0, 20])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=str)
-def test_integers_are_no_hidden_states_under_autocast_either(dtype):
-    layer = make_layer()
+def test_integers_are_no_hidden_states_under_autocast_either(dtype, intermediate_size):
+    layer = make_layer(intermediate_size=intermediate_size)
+    before = copy.deepcopy(layer.state_dict())
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=rf"hidden_states: .*got {dtype}"):
         layer(torch.zeros(4, 12, dtype=dtype))
+    assert_same_bits(layer.state_dict(), before)
 
 
 def test_float64_is_for_the_reference_backend_and_refused_before_anything_is_written():
     layer = make_layer(dtype=torch.float64, backend="torch")
     before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(TypeError, match=r"expected dtype torch.float32, torch.float16, torch.bfloat16; got torch.float64"):
+    with pytest.raises(
+        TypeError, match=r"expected dtype torch.float32, torch.float16, torch.bfloat16; got torch.float64"
+    ):
         layer(torch.zeros(4, 12, dtype=torch.float64))
     assert_same_bits(layer.state_dict(), before)
 
@@ -473,7 +499,7 @@ def test_bad_attention_mask(mask, message):
 
 # Padding
 
-MASK = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1, 0]]).bool()
+MASK = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 1, 1], [1, 0, 1, 1, 0]]).bool()
 
 
 def make_padded_data(layer, fill, device="cpu", dtype=torch.float32):
@@ -508,19 +534,25 @@ NON_FINITE = (float("nan"), float("inf"), float("-inf"))
 @pytest.mark.parametrize("fill", [(3.0, -7.0), NON_FINITE], ids=["finite", "not finite"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("router_norm", NORMS)
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_padding_is_as_if_it_were_not_there(backend, router_norm, training, fill, intermediate_size, device):
+def test_padding_is_as_if_it_were_not_there(router_norm, training, fill, intermediate_size, device):
     losses = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.2, "track_expert_usage": True}
-    changes = {"router_norm": router_norm, "backend": backend, "intermediate_size": intermediate_size, **losses}
-    layer = make_layer(device, **changes).train(training)
+    changes = {"router_norm": router_norm, "backend": "torch", "intermediate_size": intermediate_size, **losses}
+    check_padding(make_layer(device, **changes).train(training), fill, device)
+
+
+def test_padding_through_triton(device):
+    check_padding(make_layer(device, backend="triton"), NON_FINITE, device)
+
+
+def check_padding(layer, fill, device):
     twin = copy.deepcopy(layer)
     x, upstream = make_padded_data(layer, fill, device)
     actual = run_padded(layer, x, upstream, MASK.to(device))
     expected = run_unpadded(twin, x, upstream)
     assert_close(actual, expected, 1e-5)
     assert_close(layer.state_dict(), twin.state_dict(), 1e-6)
-    assert torch.equal(layer.expert_counts, twin.expert_counts)
-    if training:
+    if layer.config.track_expert_usage:
+        assert torch.equal(layer.expert_counts, twin.expert_counts)
         torch.testing.assert_close(layer.router_loss, twin.router_loss)
 
 
@@ -553,9 +585,9 @@ def test_masks_of_every_dtype_mean_the_same(dtype):
 def test_mask_of_ones_is_no_mask():
     layer = make_layer()
     twin = copy.deepcopy(layer)
-    x, upstream = make_data(layer, 3, 7)
+    x, upstream = make_data(layer, 3, 5)
     expected = run_layer(twin, x, upstream)
-    assert_close(run_layer(layer, x, upstream, attention_mask=torch.ones(3, 7)), expected, 1e-6)
+    assert_close(run_layer(layer, x, upstream, attention_mask=torch.ones(3, 5)), expected, 1e-6)
     assert_close(layer.state_dict(), twin.state_dict(), 1e-6)
 
 
@@ -651,15 +683,15 @@ def test_layer_made_on_meta_starts_like_any_other(device):
             tensor.fill_(-77)
     torch.manual_seed(5)
     layer.reset_parameters()
+    expected = make_layer(device, track_expert_usage=True)
     torch.manual_seed(5)
-    expected = FlashMoE(make_config(track_expert_usage=True)).to(device)
+    expected.reset_parameters()
     for (name, tensor), (_, other) in zip(
-        (*layer.named_parameters(), *layer.named_buffers()), (*expected.named_parameters(), *expected.named_buffers()),
+        (*layer.named_parameters(), *layer.named_buffers()),
+        (*expected.named_parameters(), *expected.named_buffers()),
         strict=True,
     ):
-        if device.type == "cpu" or "router_norm" in name or "counts" in name:
-            assert torch.equal(tensor, other), name
-        assert tensor.dtype == other.dtype
+        assert torch.equal(tensor, other), name
     x, upstream = make_data(layer, 6, device=device)
     assert all(value.isfinite().all() for value in run_layer(layer, x, upstream).values())
 
@@ -674,12 +706,12 @@ def chosen_experts(router_logits, config):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str)
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.01), (torch.float16, 0.0015)], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_16_bit_layer_is_close_to_float64(backend, dtype, bound, training, device):
-    changes = {"hidden_size": 48, "intermediate_size": 80, "num_experts": 64, "num_experts_per_tok": 6}
+    changes = {"hidden_size": 48, "intermediate_size": 80, "num_experts": 36, "num_experts_per_tok": 6}
     layer = make_layer(device, dtype, backend=backend, **changes).train(training)
-    x, upstream = make_data(layer, 40, device=device, dtype=dtype)
+    x, upstream = make_data(layer, 9, device=device, dtype=dtype)
     actual = run_layer(layer, x, upstream)
     assert all(value.dtype == dtype for value in actual.values())
     experts = chosen_experts(actual["router_logits"], layer.config)
@@ -696,27 +728,43 @@ def initial_state(layer):
     return state
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.01), (torch.float16, 0.0015)], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_autocast(backend, device):
-    changes = {"hidden_size": 48, "intermediate_size": 80, "num_experts": 64, "num_experts_per_tok": 6}
-    layer = make_layer(device, backend=backend, router_aux_loss_coef=0.1, router_z_loss_coef=0.1, **changes)
-    x, upstream = make_data(layer, 5, 8, device=device)
-    with torch.autocast(device.type, torch.bfloat16):
+def test_autocast_keeps_the_router_in_float32(backend, dtype, bound, device):
+    changes = {"hidden_size": 48, "intermediate_size": 80, "num_experts": 36, "num_experts_per_tok": 6}
+    layer = make_layer(device, backend=backend, **changes)
+    x, (dy, dlogits) = make_data(layer, 2, 4, device=device)
+    with torch.autocast(device.type, dtype):
         y, router_logits = layer(x.requires_grad_())
-    assert y.dtype == router_logits.dtype == torch.bfloat16
-    assert layer.router_loss.dtype == torch.float32
+    assert y.dtype == dtype
+    assert router_logits.dtype == torch.float32
     named = {"hidden_states": x, **dict(layer.named_parameters())}
-    grads = torch.autograd.grad((y, router_logits), list(named.values()), [each.bfloat16() for each in upstream])
+    grads = torch.autograd.grad((y, router_logits), list(named.values()), (dy.to(dtype), dlogits))
     assert all(grad.dtype == torch.float32 for grad in grads)
-    experts = chosen_experts(router_logits, layer.config)
-    exact = [each.double() for each in upstream]
-    expected = run_documented(initial_state(layer), x.double(), exact, layer.config, True, experts)
-    assert_close(collect((y, router_logits), named, grads), expected, 0.02)
+    expected = run_documented(initial_state(layer), x.double(), (dy.double(), dlogits.double()), layer.config, True)
+    assert_close(collect((y, router_logits), named, grads), expected, bound)
+    assert relative_error(router_logits, expected["router_logits"]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_takes_input_that_is_rounded_already(dtype, device):
+    layer = make_layer(device, dtype)
+    x, _ = make_data(layer, 2, 4, device=device, dtype=torch.bfloat16)
+    with torch.autocast(device.type, torch.bfloat16):
+        y, router_logits = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert router_logits.dtype == dtype
+    expected = run_layer(layer, x.to(dtype), (torch.zeros_like(x, dtype=dtype), torch.zeros_like(router_logits)))
+    assert relative_error(y, expected["y"]) < 0.01
 
 
 # What PyTorch does with layers
 
 
+# Inductor imports torch.utils.mkldnn, which is written in TorchScript.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+# Inductor's advice on a GPU; float32 is to be float32 here.
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32 matrix multiplication:UserWarning")
 @pytest.mark.parametrize("losses", [False, True], ids=["plain", "masked with losses"])
 def test_compiled_layer_gives_the_same(losses, compiler, device):
     changes = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.2, "track_expert_usage": True} if losses else {}
@@ -739,8 +787,10 @@ def test_compiled_layer_gives_the_same(losses, compiler, device):
 
 def test_sizes_may_change_without_compiling_again(device):
     layer = make_layer(device, router_aux_loss_coef=0.1, router_z_loss_coef=0.2, track_expert_usage=True)
+    from torch._dynamo.testing import CompileCounterWithBackend  # seconds to import
+
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for S in (5, 9, 12, 17, 30, 64):
         x, upstream = make_data(layer, 2, S, device=device)
@@ -778,7 +828,8 @@ def test_two_runs_give_the_same_bits(backend, dtype, device):
     if backend == "reference" and device.type == "cuda":
         pytest.skip("the reference promises no order of summation on a GPU")
     layer = make_layer(device, dtype, backend=backend, router_aux_loss_coef=0.1, router_z_loss_coef=0.2)
-    x, upstream = make_data(layer, 40, device=device, dtype=dtype)
+    T = 2000 if device.type == "cuda" else 6
+    x, upstream = make_data(layer, T, device=device, dtype=dtype)
     assert_same_bits(run_layer(layer, x, upstream), run_layer(layer, x, upstream))
 
 
@@ -844,7 +895,12 @@ def test_configuration_is_frozen_and_keyword_only():
         ("num_experts_per_tok", 26, ValueError, "expected an integer from 1 to 25; got 26"),
         ("num_experts_per_tok", 2.0, TypeError, "expected an integer; got float 2.0"),
         ("num_experts_per_tok", True, TypeError, "expected an integer; got bool True"),
-        ("hidden_act", "swish", ValueError, "expected one of silu, gelu, gelu_pytorch_tanh, relu, relu2, .*got 'swish'"),
+        (
+            "hidden_act",
+            "swish",
+            ValueError,
+            "expected one of silu, gelu, gelu_pytorch_tanh, relu, relu2, .*got 'swish'",
+        ),
         ("hidden_act", None, ValueError, "expected one of silu, .*; got None"),
         ("hidden_act", ["silu"], (TypeError, ValueError), r"expected .*; got .*\['silu'\]"),
         ("norm_topk_prob", "false", TypeError, "expected .*; got .*'false'"),
@@ -898,7 +954,8 @@ def test_quick_start_agrees_with_float64(T, device):
     exact = [each.double() for each in upstream]
     # 4,096 tokens take some 20 GiB: [T, K, H] in float64 is 2 GiB.
     expected = run_documented(initial_state(layer), x.double(), exact, layer.config, True, experts)
-    assert_close(actual, expected, 0.02)
+    # bfloat16 itself costs 0.7 % here: the rounding of the router logits, mostly.
+    assert_close(actual, expected, 0.015)
 
 
 @pytest.mark.gpu
@@ -913,8 +970,15 @@ def test_quick_start_in_float32_agrees_with_the_reference_backend(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_graph_replay_sees_changed_data(dtype, device):
     layer = make_layer(
-        device, dtype, hidden_size=64, intermediate_size=96, num_experts=256, num_experts_per_tok=8,
-        router_aux_loss_coef=0.1, router_z_loss_coef=0.2, track_expert_usage=True,
+        device,
+        dtype,
+        hidden_size=64,
+        intermediate_size=96,
+        num_experts=256,
+        num_experts_per_tok=8,
+        router_aux_loss_coef=0.1,
+        router_z_loss_coef=0.2,
+        track_expert_usage=True,
     )
     eager = copy.deepcopy(layer)
     x, upstream = make_data(layer, 4, 33, device=device, dtype=dtype)
