@@ -57,7 +57,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="Below 1 for safer text, 0 for the likeliest.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Sample among this many of the likeliest bytes.")] = 40,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda [default: as the run was told].")] = None,
 ) -> None:
     """Continue a prompt with a trained model."""
     model = load_model(run, device)
@@ -91,7 +91,8 @@ class ProgressDisplay:
         model = self.config.model
         self.console.print(
             f"FlashMoE language model: {model.num_layers} layers, hidden size {model.hidden_size}, "
-            f"{model.num_experts} experts a layer, {model.num_experts_per_tok} a byte"
+            f"{model.num_experts} experts a layer, {model.num_experts_per_tok} a byte",
+            soft_wrap=True,
         )
         self.bar.start()
         return self

@@ -4,7 +4,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,9 +20,9 @@ def describe_environment() -> dict[str, str]:
     """Names and values in the order in which to print them."""
     found = {
         "flash_moe": f"{flash_moe.__version__}{_commit()}",
-        "Python": f"{platform.python_version()} ({sys.executable})",
+        "Python": f"{platform.python_implementation()} {platform.python_version()}",
         "OS": platform.platform(),
-        "CPU threads": str(torch.get_num_threads()),
+        "CPU": f"{_cpu()}, {torch.get_num_threads()} threads used of {os.cpu_count()}",
         **_gpus(),
         "torch": torch.__version__,
         "CUDA (of torch)": torch.version.cuda or "none: a build for CPUs",
@@ -49,6 +48,15 @@ def _triton_state() -> str:
     if torch.version.cuda is None:
         return "not available: this torch is a build for CPUs"
     return "not available: torch sees no CUDA device"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name") and ":" in line]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _gpus() -> dict[str, str]:

@@ -14,7 +14,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     temporary = path.with_name(path.name + ".partial")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        os.chmod(temporary, mode)  # safetensors makes files that only their owner may read; this is what umask says
         _flush_to_disk(temporary, os.O_RDWR)
         os.replace(temporary, path)
     except BaseException:

@@ -76,11 +76,13 @@ def read_config(run: str | Path) -> TrainConfig:
         ) from error
 
 
-def load_model(run: str | Path, device: str = "auto") -> LanguageModel:
-    """The trained model of a run, in evaluation mode."""
-    model = LanguageModel(read_config(run).model)
+def load_model(run: str | Path, device: str | None = None) -> LanguageModel:
+    """The trained model of a run, in evaluation mode, on ``device`` or else where the run says."""
+    config = read_config(run)
+    target = choose_device(config.device if device is None else device)
+    model = LanguageModel(config.model)
     load_weights(Path(run), model)
-    return model.to(choose_device(device)).eval()
+    return model.to(target).eval()
 
 
 def choose_device(name: str) -> torch.device:
@@ -129,7 +131,7 @@ class Trainer:
         )
         self.step = load_checkpoint(run, self.model, self.optimizer) if (run / MODEL_FILE).exists() else 0
         self.saved_step = self.step
-        self.last_loss: Tensor | None = None
+        self.last_loss = self.last_gradient_norm = torch.zeros(())
         self._drop_later_rows()
         self._clock, self._clock_step = time.perf_counter(), self.step
 
@@ -142,12 +144,12 @@ class Trainer:
         router_loss = self.model.router_loss()
         self.optimizer.zero_grad(set_to_none=True)
         (loss if router_loss is None else loss + router_loss).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+        self.last_gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
         self.optimizer.step()
         self.step += 1
         self.last_loss = loss.detach()
         if self.step % config.log_every == 0 or self.step == config.num_steps:
-            self._log_step(norm, factor)
+            self._log_step(factor)
 
     def evaluate(self) -> float:
         """Bits per byte of the held-out windows; every byte after a window's first is predicted and counts."""
@@ -191,8 +193,8 @@ class Trainer:
             logits = self.model(windows[:, :-1])
         return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
-    def _log_step(self, gradient_norm: Tensor, factor: float) -> None:
-        loss = self._finite_loss()
+    def _log_step(self, factor: float) -> None:
+        loss, gradient_norm = self._finite_loss()
         seconds = time.perf_counter() - self._clock
         tokens = (self.step - self._clock_step) * self.config.batch_size * self.config.model.context_length
         row = {
@@ -200,7 +202,7 @@ class Trainer:
             "step": self.step,
             "loss": loss,
             "bits_per_byte": loss / math.log(2),
-            "gradient_norm": gradient_norm.item(),
+            "gradient_norm": gradient_norm,
             "learning_rate": factor * self.config.learning_rate,
             "tokens_per_s": round(tokens / seconds, 1),
             "seconds": round(seconds, 4),
@@ -208,14 +210,15 @@ class Trainer:
         self._log(row)
         self._clock, self._clock_step = time.perf_counter(), self.step
 
-    def _finite_loss(self) -> float:
-        loss = math.nan if self.last_loss is None else self.last_loss.item()
-        if not math.isfinite(loss):
+    def _finite_loss(self) -> tuple[float, float]:
+        """The last loss and the size of its gradient, which are all right or end the run."""
+        loss, gradient_norm = self.last_loss.item(), self.last_gradient_norm.item()
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise FloatingPointError(
-                f"the loss of step {self.step} is {loss}; the checkpoint after step {self.saved_step} is intact; "
-                "lower learning rates may help"
+                f"step {self.step} has loss {loss} and gradient norm {gradient_norm}; the last checkpoint is of step "
+                f"{self.saved_step}; lower learning rates may help"
             )
-        return loss
+        return loss, gradient_norm
 
     def _log_heldout(self, bits_per_byte: float) -> None:
         dead = [moe.expert_usage().dead_share.item() for moe in self.model.moe_layers()]
@@ -230,18 +233,22 @@ class Trainer:
 
     def _log_result(self, bits_per_byte: float) -> None:
         config, rows = self.config, read_json_lines(self.run / METRICS_FILE)
+        seconds = sum(row["seconds"] for row in rows if row["kind"] == "train")
+        bytes_seen = self.step * config.batch_size * config.model.context_length
+        environment = describe_environment()
         result = {
             "kind": "result",
             "step": self.step,
             "heldout_bits_per_byte": bits_per_byte,
             "heldout_bytes": self.heldout[:, 1:].numel(),
             "corpus_sha256": self.corpus.sha256,
-            "bytes_seen": self.step * config.batch_size * config.model.context_length,
-            "train_seconds": round(sum(row["seconds"] for row in rows if row["kind"] == "train"), 1),
+            "bytes_seen": bytes_seen,
+            "train_seconds": round(seconds, 1),
+            "tokens_per_s": round(bytes_seen / seconds, 1),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "seed": config.seed,
-            "device": self.device.type,
-            "environment": describe_environment(),
+            "train": config.to_json(),
+            "device": environment["GPU 0" if self.device.type == "cuda" else "CPU"],
+            **{name: environment[name] for name in ("flash_moe", "torch", "triton", "Python")},
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         }
         if self.device.type == "cuda":

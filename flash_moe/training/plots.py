@@ -54,7 +54,9 @@ def plot_experts(counts: Sequence[Tensor], path: Path) -> None:
         unused = (layer_counts == 0).double().mean().item()
         axes.set_title(f"layer {i}: {unused:.1%} unused", fontsize="small")
     figure.suptitle("Use of the experts on held-out text, by row key and column key")
-    figure.colorbar(image, ax=grid, label="times an even share", shrink=0.8, extend="both")
+    bar = figure.colorbar(image, ax=grid, label="times an even share", shrink=0.8, extend="both")
+    bar.set_ticks([1 / LEVELS, 1 / 4, 1, 4, LEVELS], labels=[f"1/{LEVELS}", "1/4", "1", "4", str(LEVELS)], minor=False)
+    bar.minorticks_off()
     _save(figure, path)
 
 
