@@ -28,5 +28,5 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def check_activation(hidden_act: str) -> None:
     """Raise ``ValueError`` unless ``hidden_act`` is a key of ``ACTIVATIONS``."""
-    if hidden_act not in ACTIVATIONS:
+    if not isinstance(hidden_act, str) or hidden_act not in ACTIVATIONS:
         raise ValueError(f"hidden_act: expected one of {', '.join(ACTIVATIONS)}; got {hidden_act!r}")

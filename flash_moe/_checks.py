@@ -1,5 +1,6 @@
 """Argument checks. Each raises before anything is launched and names the argument, what was expected and what came."""
 
+import math
 import os
 
 import torch
@@ -39,6 +40,19 @@ def check_int(name: str, value: int, low: int, high: int) -> None:
         raise TypeError(f"{name}: expected an integer; got {type(value).__name__} {value!r}")
     if not low <= value <= high:
         raise ValueError(f"{name}: expected an integer from {low} to {high}; got {value}")
+
+
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False; got {value!r}")
+
+
+def check_coefficient(name: str, value: object) -> None:
+    """``value`` must be a finite number, 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number; got {type(value).__name__} {value!r}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite number, 0 or more; got {value!r}")
 
 
 def check_pairs(num_tokens: int, num_experts_per_tok: int) -> None:

@@ -33,4 +33,4 @@ def summarize_usage(counts: Tensor) -> ExpertUsage:
     """
     share = counts.double() / counts.sum().clamp(min=1)
     divergence = torch.special.xlogy(share, share * counts.numel()).sum()
-    return ExpertUsage(counts, (counts == 0).double().mean(), divergence)
+    return ExpertUsage(counts.clone(), (counts == 0).double().mean(), divergence)

@@ -6,14 +6,22 @@ T tokens, H hidden size, I intermediate size, E = N * N experts, N keys a half o
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_moe._activations import check_activation
-from flash_moe._checks import check_dtype, check_int, check_same_device, check_shape
+from flash_moe._checks import (
+    FLOAT_DTYPES,
+    check_bool,
+    check_coefficient,
+    check_dtype,
+    check_int,
+    check_same_device,
+    check_shape,
+)
 from flash_moe.modules.expert_usage import ExpertUsage, count_experts, summarize_usage
 from flash_moe.modules.masked_batch_norm import masked_batch_norm
 from flash_moe.modules.router_losses import load_balancing_loss, router_z_loss
@@ -67,10 +75,10 @@ class FlashMoEConfig:
         for name, value, allowed in (("router_norm", self.router_norm, NORMS), ("backend", self.backend, BACKENDS)):
             if value not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
+        for name in ("norm_topk_prob", "track_expert_usage"):
+            check_bool(name, getattr(self, name))
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}: expected a finite number, 0 or more; got {value!r}")
+            check_coefficient(name, getattr(self, name))
 
     @property
     def num_expert_keys(self) -> int:
@@ -120,7 +128,7 @@ class FlashMoE(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, as the class describes, and reset the norm's statistics."""
+        """Draw all parameters anew, as the class describes, and reset the norm's statistics and the usage counts."""
         config = self.config
         if config.intermediate_size > 0:
             nn.init.normal_(self.gate_proj.weight, std=config.hidden_size**-0.5)
@@ -131,6 +139,8 @@ class FlashMoE(nn.Module):
         nn.init.normal_(self.router_gate.weight, std=config.hidden_size**-0.5)
         nn.init.normal_(self.down_embed.weight, std=config.hidden_size**-0.5)
         nn.init.normal_(self.up_embed.weight, std=expert_up_std(config))
+        if config.track_expert_usage:
+            self.reset_expert_usage()
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Apply the layer.
@@ -138,7 +148,7 @@ class FlashMoE(nn.Module):
         Args:
             hidden_states: ``[..., H]``, usually ``[B, S, H]`` or ``[T, H]``; T is the product of all but H.
             attention_mask: ``[...]`` as the leading dimensions, 0 or False for padding. A padded token takes no part in
-                BatchNorm, losses and usage counts, and its routed output is 0.
+                BatchNorm, losses and usage counts, its output is 0, and what it holds, NaN even, changes nothing else.
         Returns:
             ``y`` like ``hidden_states``, and ``router_logits [2, T, N]``: the gate products, before log-softmax.
         Raises:
@@ -146,10 +156,11 @@ class FlashMoE(nn.Module):
         """
         x = self._check_input(hidden_states).reshape(-1, self.config.hidden_size)
         token_mask = None if attention_mask is None else _token_mask(attention_mask, hidden_states)
-        # With their inputs zeroed, padded tokens are exactly zero in every later product and gradient.
-        router_input = x if token_mask is None else x.masked_fill(~token_mask[:, None], 0.0)
-        router_logits = self._router_logits(router_input, token_mask)
-        y = self._routed(router_input, router_logits, token_mask)
+        if token_mask is not None:
+            # With their inputs zeroed, whatever they held, padded tokens are zero in every later product and gradient.
+            x = x.masked_fill(~token_mask[:, None], 0.0)
+        router_logits = self._router_logits(x, token_mask)
+        y = self._routed(x, router_logits, token_mask)
         if self.config.intermediate_size > 0:
             projections = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
             y = y + flash_mlp(x, *projections, hidden_act=self.config.hidden_act, backend=self.config.backend)
@@ -164,6 +175,10 @@ class FlashMoE(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.config).items())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The last forward's loss belongs to its graph, which can be neither copied nor pickled.
+        return self.__dict__ | {"router_loss": None}
 
     def _counts(self) -> Tensor:
         if not self.config.track_expert_usage:
@@ -180,6 +195,8 @@ class FlashMoE(nn.Module):
         check_same_device(hidden_states=hidden_states, router_gate=weight)
         if not torch.is_autocast_enabled(hidden_states.device.type):
             check_dtype("hidden_states", hidden_states, (weight.dtype,))
+        if self.config.backend != "reference":
+            check_dtype("hidden_states", hidden_states, FLOAT_DTYPES)
         if self.training and self.config.router_norm == "batch" and hidden_states.numel() == H:
             raise ValueError(
                 "hidden_states: expected 2 or more tokens, since BatchNorm cannot train on one; got 1; "

@@ -23,7 +23,7 @@ def load_balancing_loss(log_probs: Tensor, expert_counts: Tensor, token_weights:
     num_tokens = num_tokens.clamp(min=1)
     with torch.autocast(log_probs.device.type, enabled=False):
         mean_probs = (rows.T @ cols).flatten() / num_tokens
-    return expert_counts.numel() * torch.dot(expert_counts.float() / num_tokens, mean_probs)
+    return expert_counts.numel() * torch.dot(expert_counts.to(mean_probs.dtype) / num_tokens, mean_probs)
 
 
 def router_z_loss(router_logits: Tensor, token_weights: Tensor | None = None) -> Tensor:
