@@ -579,7 +579,8 @@ def test_masks_of_every_dtype_mean_the_same(dtype):
     layer = make_layer()
     x, upstream = make_padded_data(layer, (3.0, -7.0))
     expected = run_layer(layer, x, upstream, attention_mask=MASK)
-    assert_same_bits(run_layer(layer, x, upstream, attention_mask=MASK.to(dtype)), expected)
+    for yes in (1, 3):
+        assert_same_bits(run_layer(layer, x, upstream, attention_mask=yes * MASK.to(dtype)), expected)
 
 
 def test_mask_of_ones_is_no_mask():
@@ -607,37 +608,35 @@ def test_batch_of_nothing_but_padding(router_norm):
 # Initialisation
 
 
-@pytest.mark.parametrize("norm_topk_prob", [False, True], ids=["weights as they are", "weights sum to one"])
-@pytest.mark.parametrize("E, K", [(64, 4), (256, 256), (1024, 1), (1024, 16), (16384, 64)], ids=str)
-def test_both_branches_start_at_the_same_size(E, K, norm_topk_prob):
-    layer = make_layer(
-        hidden_size=96, intermediate_size=384, num_experts=E, num_experts_per_tok=K, norm_topk_prob=norm_topk_prob
-    )
-    x = torch.randn(256, 96, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        both = layer(x)[0]
-        layer.down_proj.weight.zero_()
-        routed = layer(x)[0]
-    ratio = rms(routed) / rms(both - routed)
-    assert 0.75 < ratio < 1.25, ratio
-
-
-@pytest.mark.parametrize("hidden_act", ACTIVATIONS)
-def test_both_branches_start_at_the_same_size_with_every_activation(hidden_act):
-    layer = make_layer(
-        hidden_size=96, intermediate_size=384, num_experts=1024, num_experts_per_tok=16, hidden_act=hidden_act
-    )
-    x = torch.randn(256, 96, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        both = layer(x)[0]
-        layer.down_proj.weight.zero_()
-        routed = layer(x)[0]
-    ratio = rms(routed) / rms(both - routed)
-    assert 0.75 < ratio < 1.25, ratio
+def routed_over_dense(**changes):
+    """The routed branch's RMS over the dense one's, of three fresh layers: with few keys one alone varies by 20 %."""
+    routed, dense = [], []
+    for seed in range(3):
+        layer = make_layer(seed=seed, hidden_size=96, intermediate_size=384, **changes)
+        x = torch.randn(256, 96, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            both = layer(x)[0]
+            layer.down_proj.weight.zero_()
+            routed.append(layer(x)[0])
+            dense.append(both - routed[-1])
+    return rms(torch.stack(routed)) / rms(torch.stack(dense))
 
 
 def rms(x):
     return x.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("norm_topk_prob", [False, True], ids=["weights as they are", "weights sum to one"])
+@pytest.mark.parametrize("E, K", [(16, 2), (64, 8), (256, 256), (1024, 1), (1024, 16), (16384, 64)], ids=str)
+def test_both_branches_start_at_the_same_size(E, K, norm_topk_prob):
+    ratio = routed_over_dense(num_experts=E, num_experts_per_tok=K, norm_topk_prob=norm_topk_prob)
+    assert 0.75 < ratio < 1.25
+
+
+@pytest.mark.parametrize("hidden_act", ACTIVATIONS)
+def test_both_branches_start_at_the_same_size_with_every_activation(hidden_act):
+    ratio = routed_over_dense(num_experts=1024, num_experts_per_tok=16, hidden_act=hidden_act)
+    assert 0.75 < ratio < 1.25
 
 
 @pytest.mark.parametrize("norm_topk_prob", [False, True], ids=["weights as they are", "weights sum to one"])
