@@ -9,9 +9,10 @@ NAME is one of
     gpu OP, cpu OP   the timings of one op or layer on that kind of device
 
 A timing row has op, case, backend, pass, time_us [p20, p50, p80], torch, commit, date, and gpu or cpu (a name; with
-cpu also threads); it may have dtype, gb_per_s, tflops, peak_mib and triton. A training row has preset, steps, seconds,
-heldout_bits_per_byte, tokens_per_s, params, torch, commit, date, and gpu or cpu. Of rows that measure the same thing on
-the same device the last counts. Only the .jsonl files of the folder itself are read: raw data goes into subfolders.
+cpu also threads); it may have dtype, gb_per_s, tflops, peak_mib and triton. A training row is the line of kind "result"
+at the end of a run's metrics.jsonl, or has preset, steps, seconds, heldout_bits_per_byte, tokens_per_s, params, torch,
+commit, date, and gpu or cpu. Of rows that measure the same thing on the same device the last counts. Only the .jsonl
+files of the folder itself are read: raw data goes into subfolders.
 """
 
 import argparse
@@ -38,7 +39,7 @@ WORDS = {
     "en": {
         "none": "No row is committed yet.",
         "stop": ".",
-        "preset": "preset", "device": "device", "params": "parameters", "steps": "steps", "tokens_per_s": "tokens/s",
+        "preset": "run", "device": "device", "params": "parameters", "steps": "steps", "tokens_per_s": "tokens/s",
         "seconds": "time", "heldout": "held-out bits per byte",
         "case": "case", "pass": "pass", "backend": "backend", "time": "time, ms (p20 to p80)", "ratio": "speed-up",
         "gb_per_s": "TB/s", "tflops": "TFLOP/s", "peak_mib": "peak MiB", "commit": "commit", "threads": "threads",
@@ -47,7 +48,7 @@ WORDS = {
     "zh": {
         "none": "尚未提交任何数据。",
         "stop": "。",
-        "preset": "预设", "device": "设备", "params": "参数量", "steps": "步数", "tokens_per_s": "词元/秒",
+        "preset": "训练", "device": "设备", "params": "参数量", "steps": "步数", "tokens_per_s": "词元/秒",
         "seconds": "用时", "heldout": "留出文本的每字节比特数",
         "case": "规模", "pass": "阶段", "backend": "后端", "time": "耗时，毫秒（p20 至 p80）", "ratio": "加速比",
         "gb_per_s": "TB/s", "tflops": "TFLOP/s", "peak_mib": "峰值 MiB", "commit": "提交", "threads": "线程",
@@ -103,11 +104,33 @@ def read_rows(folder: Path) -> list[Row]:
                 continue
             try:
                 row = json.loads(line)
+                if row.get("kind") == "result":
+                    row = training_row(row)
                 check_row(row)
             except ValueError as error:
                 raise ValueError(f"{path.name}, line {number}: {error}") from error
             rows.append(row)
     return rows
+
+
+def training_row(result: Row) -> Row:
+    """A row for the table from the last line of a run's metrics.jsonl, to which preset or commit may have been added."""
+    model = result["train"]["model"]
+    sizes = f"{model['num_layers']} layers, H {model['hidden_size']}, E {model['num_experts']}, "
+    row = {
+        "preset": f"{sizes}K {model['num_experts_per_tok']}",
+        "commit": next(iter(re.findall(r"commit ([^)]+)", result["flash_moe"])), None),
+        "steps": result["step"],
+        "seconds": result["train_seconds"],
+        "params": result["parameters"],
+    }
+    where, *details = result["device"].split(", ")
+    if any("compute capability" in detail for detail in details):
+        row["gpu"] = where
+    else:
+        row["cpu"] = where
+        row["threads"] = next((int(detail.split()[0]) for detail in details if "threads" in detail), None)
+    return {**row, **result}
 
 
 def check_row(row: Row) -> None:
@@ -160,7 +183,7 @@ def training_table(rows: Sequence[Row], words: dict[str, str]) -> str:
     last = last_of(rows, lambda row: (row["preset"], device(row, words)))
     lines = [
         [
-            f"`{row['preset']}`",
+            row["preset"],
             device(row, words),
             f"{row['params'] / 1e6:,.1f} M",
             f"{row['steps']:,}",
@@ -222,10 +245,14 @@ def environment(row: Row, words: dict[str, str]) -> str:
 
 def caption(rows: Sequence[Row], words: dict[str, str]) -> str:
     notes = (
-        f"{environment(row, words)}, {words['commit']} {row['commit'][:7]}, {row['date'][:10]}{words['stop']}"
+        f"{environment(row, words)}, {words['commit']} {short(row['commit'])}, {row['date'][:10]}{words['stop']}"
         for row in rows
     )
     return "\n" + "\n".join(dict.fromkeys(notes)) + "\n"
+
+
+def short(commit: str) -> str:
+    return commit[:7] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def milliseconds(time_us: float) -> str:

@@ -25,7 +25,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(moe.parameters(), lr=1e-3)
 
     x = torch.randn(4, 64, 128, device=device)
-    y, router_logits = moe(x)  # [4, 64, 128] and [2, 256, 64]
+    y, _router_logits = moe(x)  # [4, 64, 128] and [2, 256, 64]
     loss = F.mse_loss(y, x) + moe.router_loss
     loss.backward()
     optimizer.step()
@@ -33,7 +33,9 @@ def main() -> None:
     usage = moe.expert_usage()
     print(f"{sum(p.numel() for p in moe.parameters()):,} parameters on {device}")
     print(f"loss {loss.item():.3f}, of it {moe.router_loss.item():.3f} from the router")
-    print(f"{usage.counts.sum().item()} pairs of a token and an expert; {usage.dead_share.item():.0%} of experts unused")
+    print(
+        f"{usage.counts.sum().item()} pairs of a token and an expert; {usage.dead_share.item():.0%} of experts unused"
+    )
 
 
 if __name__ == "__main__":
