@@ -28,5 +28,5 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def check_activation(hidden_act: str) -> None:
     """Raise ``ValueError`` unless ``hidden_act`` is a key of ``ACTIVATIONS``."""
-    if not isinstance(hidden_act, str) or hidden_act not in ACTIVATIONS:
+    if hidden_act not in tuple(ACTIVATIONS):  # a tuple compares; a dict would hash, and a list cannot be hashed
         raise ValueError(f"hidden_act: expected one of {', '.join(ACTIVATIONS)}; got {hidden_act!r}")

@@ -236,7 +236,7 @@ class FlashMoE(nn.Module):
         self.router_loss = None
         wants_aux = self.training and config.router_aux_loss_coef > 0
         wants_z = self.training and config.router_z_loss_coef > 0
-        token_weights = None if token_mask is None else token_mask.float()
+        token_weights = None if token_mask is None else token_mask.to(log_probs.dtype)
         losses = []
         if wants_aux or config.track_expert_usage:
             counts = count_experts(experts, config.num_experts, token_mask)

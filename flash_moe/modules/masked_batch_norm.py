@@ -9,13 +9,13 @@ from torch import Tensor, nn
 def masked_batch_norm(x: Tensor, token_mask: Tensor, norm: nn.BatchNorm1d) -> Tensor:
     """``norm`` in training on the rows of ``x [T, H]`` with a True ``token_mask [T]``; the others become 0.
 
-    Updates the running statistics as ``norm`` does. Statistics are float32.
+    Updates the running statistics as ``norm`` does. Statistics are at least float32.
     """
-    token_weights = token_mask[:, None].float()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    token_weights = token_mask[:, None].to(wide.dtype)
     num_tokens = token_weights.sum()
-    x_float = x.float()
-    mean = (x_float * token_weights).sum(0) / num_tokens.clamp(min=1)
-    centered = (x_float - mean) * token_weights
+    mean = (wide * token_weights).sum(0) / num_tokens.clamp(min=1)
+    centered = (wide - mean) * token_weights
     sum_of_squares = centered.square().sum(0)
     _update_running(norm, mean, sum_of_squares / (num_tokens - 1).clamp(min=1), num_tokens)
     variance = sum_of_squares / num_tokens.clamp(min=1)

@@ -34,7 +34,9 @@ def router_z_loss(router_logits: Tensor, token_weights: Tensor | None = None) ->
         token_weights: ``[T]``, 1 for a token and 0 for padding; all ones when absent.
     Source: ST-MoE, arXiv:2202.08906.
     """
-    squares = router_logits.float().logsumexp(dim=-1).square().sum(dim=0)
+    squares = (
+        router_logits.to(torch.promote_types(router_logits.dtype, torch.float32)).logsumexp(dim=-1).square().sum(dim=0)
+    )
     if token_weights is None:
         return squares.sum() / max(squares.shape[0], 1)
     return (squares * token_weights).sum() / token_weights.sum().clamp(min=1)
