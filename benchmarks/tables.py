@@ -114,7 +114,7 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def training_row(result: Row) -> Row:
-    """A row for the table from the last line of a run's metrics.jsonl, to which preset or commit may have been added."""
+    """A row for the table from the last line of a run's metrics.jsonl; preset or commit may have been added to it."""
     model = result["train"]["model"]
     sizes = f"{model['num_layers']} layers, H {model['hidden_size']}, E {model['num_experts']}, "
     row = {

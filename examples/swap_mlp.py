@@ -71,7 +71,7 @@ def main() -> None:
     )
     optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate=1e-3, table_learning_rate=4e-3))
     # A toy task: each token's target is a fixed nonlinear function of its input.
-    x = torch.randn(16, 32, hidden_size)
+    x = torch.randn(8, 16, hidden_size)
     target = torch.sin(2 * x).roll(1, dims=-1)
     for step in range(31):
         loss = F.mse_loss(model(x), target)

@@ -68,6 +68,15 @@ def read(path):
 # Code
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Steps as small as those of the examples wait longer for threads than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def run_block(code, line, path, namespace):
     program = ast.parse("\n" * (line - 1) + code, str(path))  # tracebacks name the document's own line
     if code.startswith(GPU_MARKER) and not torch.cuda.is_available():
