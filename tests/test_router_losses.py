@@ -30,7 +30,7 @@ def naive_aux_loss(router_logits, num_experts_per_tok, mask=None):
     if mask is not None:
         probs = probs[mask]
     T, E = probs.shape
-    f = torch.bincount(probs.detach().topk(num_experts_per_tok).indices.flatten(), minlength=E) / T
+    f = torch.bincount(probs.detach().topk(num_experts_per_tok).indices.flatten(), minlength=E).to(probs.dtype) / T
     return E * (f * probs.mean(0)).sum()
 
 

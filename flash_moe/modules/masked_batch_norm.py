@@ -25,8 +25,9 @@ def masked_batch_norm(x: Tensor, token_mask: Tensor, norm: nn.BatchNorm1d) -> Te
 @torch.no_grad()
 def _update_running(norm: nn.BatchNorm1d, mean: Tensor, unbiased_variance: Tensor, num_tokens: Tensor) -> None:
     # A batch that is all padding leaves the statistics as they are.
-    momentum = cast(float, norm.momentum) * (num_tokens > 0)
+    momentum = cast(float, norm.momentum)
+    has_tokens = num_tokens > 0
     for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased_variance)):
         running = cast(Tensor, running)
-        running += momentum * (batch - running)
-    cast(Tensor, norm.num_batches_tracked).add_((num_tokens > 0).to(torch.int64))
+        running += momentum * torch.where(has_tokens, batch - running, 0.0)
+    cast(Tensor, norm.num_batches_tracked).add_(has_tokens.to(torch.int64))
