@@ -116,7 +116,7 @@ def read_rows(folder: Path) -> list[Row]:
 def training_row(result: Row) -> Row:
     """A row for the table from the last line of a run's metrics.jsonl; preset or commit may have been added to it."""
     model = result["train"]["model"]
-    sizes = f"{model['num_layers']} layers, H {model['hidden_size']}, E {model['num_experts']}, "
+    sizes = f"L {model['num_layers']}, H {model['hidden_size']}, E {model['num_experts']}, "
     row = {
         "preset": f"{sizes}K {model['num_experts_per_tok']}",
         "commit": next(iter(re.findall(r"commit ([^)]+)", result["flash_moe"])), None),

@@ -510,7 +510,7 @@ RESULT = {
 def test_last_line_of_a_run_is_a_training_row(root):
     commit(root, RESULT, {**RESULT, "device": "Some CPU, 2 threads used of 64", "preset": "cpu"})
     text = written(root, "README.md")
-    sizes = "8 layers, H 512, E 16384, K 32"
+    sizes = "L 8, H 512, E 16384, K 32"
     assert f"| {sizes} | An H200 | 1,000.0 M | 2,000 | 1,000,000 | 100 s | 1.500 |\n" in text
     assert "| cpu | Some CPU, 2 threads | 1,000.0 M |" in text
     assert "An H200, torch 2.13.0, triton 3.7.1, commit abcdef0-dirty, 2026-01-02.\n" in text
