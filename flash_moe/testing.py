@@ -127,7 +127,7 @@ def poison_memory() -> Iterator[None]:
     Replaces ``torch.empty`` and its relatives, so a caller that imported one of them by name escapes.
     """
     buffers: list[tuple[Tensor, Tensor]] = []
-    relatives = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided")]
+    relatives: list[tuple[Any, str]] = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided")]
     relatives += [(Tensor, "new_empty"), (Tensor, "new_empty_strided")]
     patches = [patch.object(owner, name, _poisoned(getattr(owner, name), buffers)) for owner, name in relatives]
     try:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -31,10 +32,10 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def compiler() -> str:
-    """The torch.compile backend: inductor where it can build its kernels, else aot_eager, which traces just the same."""
-    compilers = (os.environ.get("CXX", "g++"), "clang++", "c++")
+    """The torch.compile backend: inductor where it can build its kernels, else aot_eager, which traces just as much."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    return "inductor" if has_headers and any(map(shutil.which, compilers)) else "aot_eager"
+    return "inductor" if has_headers and shutil.which(compiler) else "aot_eager"
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def print_throughput(device: torch.device) -> Callable[..., None]:
 
 
 def _print_throughput(title: str, nbytes: int, functions: dict[str, Callable[[], object]]) -> None:
-    """``nbytes``: what any implementation must move; the first of ``functions`` is what the others are compared with."""
+    """``nbytes``: what any implementation must move. The others are compared with the first of ``functions``."""
     from flash_moe.testing import peak_nbytes
 
     print(f"\n{title}, {torch.cuda.get_device_name()}\n{'':10}{'ms':>9}{'speed-up':>10}{'TB/s':>8}{'peak MiB':>10}")
