@@ -503,12 +503,12 @@ MASK = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 1, 1], [1, 0, 1, 1, 0]]).bool()
 
 
 def make_padded_data(layer, fill, device="cpu", dtype=torch.float32):
-    """Data for ``MASK`` with ``fill`` in turn at the padding; the loss does not look at the padding."""
+    """Data for ``MASK``, ``fill`` in turn at the padding; the loss looks at all of y, where padding is a constant."""
     x, (dy, dlogits) = make_data(layer, *MASK.shape, device=device, dtype=dtype)
     num_padded = (~MASK).sum()
     padding = torch.tensor(fill).repeat(num_padded)[:num_padded, None]
     x[~MASK] = padding.expand(-1, x.shape[-1]).to(x)
-    dy[~MASK], dlogits[:, ~MASK.flatten()] = 0, 0
+    dlogits[:, ~MASK.flatten()] = 0
     return x, (dy, dlogits)
 
 
@@ -564,14 +564,16 @@ def test_padding_in_float64():
     assert_close(layer.state_dict(), twin.state_dict(), 1e-12)
 
 
+@pytest.mark.parametrize("intermediate_size", [0, 20], ids=["routed branch alone", "both branches"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("router_norm", NORMS)
-def test_routed_output_of_padding_is_zero(router_norm, training):
-    layer = make_layer(router_norm=router_norm, intermediate_size=0).train(training)
-    x, _ = make_padded_data(layer, NON_FINITE)
-    y, _ = layer(x, attention_mask=MASK)
-    assert y[~MASK].eq(0).all()
-    assert y[MASK].ne(0).any(-1).all()
+def test_outputs_and_gradients_of_padding_are_zero(router_norm, training, intermediate_size):
+    layer = make_layer(router_norm=router_norm, intermediate_size=intermediate_size).train(training)
+    x, upstream = make_padded_data(layer, NON_FINITE)
+    results = run_layer(layer, x, upstream, attention_mask=MASK)
+    for name in ("y", "grad of hidden_states"):
+        assert results[name][~MASK].eq(0).all()
+        assert results[name][MASK].ne(0).any(-1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32], ids=str)
