@@ -5,6 +5,7 @@ are in float32 and in a fixed order. Every pass is one of three products, and ea
   dots          value[t, k] = row[t] . table[e]              forward: x . down; backward: dout . up
   token sums    out[t] = sum_k coefficient[t, k] * table[e]  forward: act(s) * w over up; backward: ds over down
   expert sums   grad[e] = sum of coefficient[t, k] * row[t] over the pairs of e, sorted by expert
+A dot may be split into S column slices of the table, whose partial values ``[S, T, K]`` the next kernel adds.
 Row addresses are 64-bit: E * H and T * H may pass 2^31; P may not.
 """
 
@@ -15,79 +16,106 @@ from torch import Tensor
 
 from flash_moe.ops._triton.math import activation, activation_grad
 
-# A tile of rows that a program keeps in flight, rows x elements, and its warps. Best of 28 shapes on an H200 at
-# T 4096, H 1024, K 64, E 16384 and K 512, E 102400, bf16: 5.9, 8.3 and 7.5 TB/s at the first, counted per row used.
-DOTS_TILE, DOTS_WARPS = (4, 256), 1
-TOKEN_SUMS_TILE, TOKEN_SUMS_WARPS = (4, 256), 1
+# Tiles (rows, elements) that a warp keeps in flight, best of up to 60 shapes on an H200 at T 4096, H 1024, bf16. K 64,
+# E 16384: dots 7.2, token sums 8.5, expert sums 7.5 TB/s, counted per row used; one row load at a time: 5.9, 8.3, 7.5.
+DOTS_TILE = (8, 256)
+TOKEN_SUMS_TILE = (4, 128)
 EXPERT_SUMS_TILE, EXPERT_SUMS_WARPS = (1, 1024), 2
+# Where the table passes the L2 cache and a slice of SLICE columns does not, all tokens take their dots with one slice
+# before the next: at K 512, E 102400 (210 MB) 7.6 TB/s instead of 4.0. The sums' programs are in that order anyway.
+SLICE = 256
+BLOCKS_PER_PROGRAM_OF_A_SLICE = 4
 # Segments of 2 * HOT_TILE pairs or more are summed as tiles of HOT_TILE pairs by programs of their own.
 HOT_TILE = 256
+ELEMENTWISE_BLOCK = 1024
 
 
 @triton.jit
-def _gathered_dots(row_ptr, table_ptr, ids, mask_k, H, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr):
-    """row . table[id] for BLOCK_K ids."""
-    acc = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
-    for start in range(0, H, BLOCK_H):
-        h = start + tl.arange(0, BLOCK_H)
-        row = tl.load(row_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-        mask = mask_k[:, None] & (h < H)[None, :]
-        table = tl.load(table_ptr + ids[:, None] * H + h[None, :], mask=mask, other=0.0).to(tl.float32)
-        acc += row[None, :] * table
-    return tl.sum(acc, 1)
-
-
-@triton.jit
-def _dots_fwd_kernel(
-    x_ptr,
-    down_ptr,
+def _dots_kernel(
+    rows_ptr,
+    table_ptr,
     indices_ptr,
-    weights_ptr,
-    pre_activations_ptr,
-    coefficients_ptr,
+    partials_ptr,
+    T,
     H,
     K,
-    HIDDEN_ACT: tl.constexpr,
+    WIDTH,
+    K_PER_PROGRAM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    t = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = k < K
-    ids = tl.load(indices_ptr + t * K + k, mask=mask, other=0).to(tl.int64)
-    s = _gathered_dots(x_ptr + t * H, down_ptr, ids, mask, H, BLOCK_K, BLOCK_H)
-    weights = tl.load(weights_ptr + t * K + k, mask=mask, other=0.0).to(tl.float32)
-    tl.store(pre_activations_ptr + t * K + k, s, mask=mask)
-    tl.store(coefficients_ptr + t * K + k, activation(s, HIDDEN_ACT) * weights, mask=mask)
+    """partials[slice, t, k] = row[t] . table[e] over the slice's WIDTH columns; a program takes K_PER_PROGRAM pairs."""
+    programs_per_token = tl.cdiv(K, K_PER_PROGRAM)
+    t = (tl.program_id(0) // programs_per_token).to(tl.int64)
+    first_k = (tl.program_id(0) % programs_per_token) * K_PER_PROGRAM
+    first_h = tl.program_id(1) * WIDTH
+    for k_offset in range(0, K_PER_PROGRAM, BLOCK_K):
+        k = first_k + k_offset + tl.arange(0, BLOCK_K)
+        ids = tl.load(indices_ptr + t * K + k, mask=k < K, other=0).to(tl.int64)
+        acc = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
+        for start in tl.range(0, WIDTH, BLOCK_H, loop_unroll_factor=4):
+            h = first_h + start + tl.arange(0, BLOCK_H)
+            mask_h = (h < H) & (h < first_h + WIDTH)
+            row = tl.load(rows_ptr + t * H + h, mask=mask_h, other=0.0).to(tl.float32)
+            mask = (k < K)[:, None] & mask_h[None, :]
+            table = tl.load(table_ptr + ids[:, None] * H + h[None, :], mask=mask, other=0.0).to(tl.float32)
+            acc += row[None, :] * table
+        partial_row = tl.program_id(1).to(tl.int64) * T + t
+        tl.store(partials_ptr + partial_row * K + k, tl.sum(acc, 1), mask=k < K)
 
 
 @triton.jit
-def _dots_bwd_kernel(
-    dout_ptr,
-    up_ptr,
-    indices_ptr,
+def _sum_slices(partials_ptr, pair, P, mask, NUM_SLICES: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in tl.static_range(NUM_SLICES):
+        total += tl.load(partials_ptr + pair, mask=mask, other=0.0)
+        partials_ptr += P
+    return total
+
+
+@triton.jit
+def _coefficients_fwd_kernel(
+    partials_ptr,
+    weights_ptr,
+    pre_activations_ptr,
+    coefficients_ptr,
+    P,
+    HIDDEN_ACT: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """s = x . down; coefficient = act(s) * w."""
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = pair < P
+    s = _sum_slices(partials_ptr, pair, P, mask, NUM_SLICES, BLOCK)
+    weights = tl.load(weights_ptr + pair, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pre_activations_ptr + pair, s, mask=mask)
+    tl.store(coefficients_ptr + pair, activation(s, HIDDEN_ACT) * weights, mask=mask)
+
+
+@triton.jit
+def _coefficients_bwd_kernel(
+    partials_ptr,
     weights_ptr,
     pre_activations_ptr,
     dweights_ptr,
     dpre_activations_ptr,
     coefficients_ptr,
-    H,
-    K,
+    P,
     HIDDEN_ACT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    t = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = k < K
-    ids = tl.load(indices_ptr + t * K + k, mask=mask, other=0).to(tl.int64)
-    dcoefficients = _gathered_dots(dout_ptr + t * H, up_ptr, ids, mask, H, BLOCK_K, BLOCK_H)
-    weights = tl.load(weights_ptr + t * K + k, mask=mask, other=0.0).to(tl.float32)
-    s = tl.load(pre_activations_ptr + t * K + k, mask=mask, other=0.0)
+    """dcoefficient = dout . up; dw = dcoefficient * act(s); ds = dcoefficient * w * act'(s); the coefficient again."""
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = pair < P
+    dcoefficients = _sum_slices(partials_ptr, pair, P, mask, NUM_SLICES, BLOCK)
+    weights = tl.load(weights_ptr + pair, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(pre_activations_ptr + pair, mask=mask, other=0.0)
     activated = activation(s, HIDDEN_ACT)
-    tl.store(dweights_ptr + t * K + k, dcoefficients * activated, mask=mask)
-    tl.store(dpre_activations_ptr + t * K + k, dcoefficients * weights * activation_grad(s, HIDDEN_ACT), mask=mask)
-    tl.store(coefficients_ptr + t * K + k, activated * weights, mask=mask)
+    tl.store(dweights_ptr + pair, dcoefficients * activated, mask=mask)
+    tl.store(dpre_activations_ptr + pair, dcoefficients * weights * activation_grad(s, HIDDEN_ACT), mask=mask)
+    tl.store(coefficients_ptr + pair, activated * weights, mask=mask)
 
 
 @triton.jit
@@ -97,7 +125,7 @@ def _token_sums_kernel(
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     acc = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in tl.range(0, K, BLOCK_K, loop_unroll_factor=4):
         k = start + tl.arange(0, BLOCK_K)
         ids = tl.load(indices_ptr + t * K + k, mask=k < K, other=0).to(tl.int64)
         coefficients = tl.load(coefficients_ptr + t * K + k, mask=k < K, other=0.0)
@@ -186,11 +214,34 @@ def _clamp_tile(tile: tuple[int, int], hidden_size: int) -> tuple[int, int]:
     return rows, min(elements, max(16, triton.next_power_of_2(hidden_size)))
 
 
-def _token_sums(coefficients: Tensor, table: Tensor, indices: Tensor, out: Tensor) -> None:
+def _slice_width(table: Tensor, num_pairs: int) -> int:
+    """Columns of a slice: all of H, or SLICE where that brings rows that are used again within the L2 cache."""
+    E, H = table.shape
+    cache = torch.cuda.get_device_properties(table.device).L2_cache_size if table.is_cuda else SLICE
+    fits_whole = E * H * table.element_size() <= 0.8 * cache
+    fits_sliced = E * SLICE * table.element_size() <= cache
+    return H if H <= SLICE or fits_whole or not fits_sliced or num_pairs < E else SLICE
+
+
+def _dots(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
+    """``[S, T, K]`` float32: row[t] . table[indices[t, k]] over each of S column slices."""
     (T, K), H = indices.shape, table.shape[1]
+    width = _slice_width(table, indices.numel())
+    num_slices = triton.cdiv(H, width)
+    tile = _clamp_tile(DOTS_TILE, width)
+    k_per_program = tile[0] * (1 if num_slices == 1 else BLOCKS_PER_PROGRAM_OF_A_SLICE)
+    partials = torch.empty(num_slices, T, K, dtype=torch.float32, device=rows.device)
+    grid = (T * triton.cdiv(K, k_per_program), num_slices)
+    _dots_kernel[grid](rows, table, indices, partials, T, H, K, width, k_per_program, *tile, num_warps=1)
+    return partials
+
+
+def _token_sums(coefficients: Tensor, table: Tensor, indices: Tensor) -> Tensor:
+    (T, K), H = indices.shape, table.shape[1]
+    out = table.new_empty(T, H)
     tile = _clamp_tile(TOKEN_SUMS_TILE, H)
-    grid = (T, triton.cdiv(H, tile[1]))
-    _token_sums_kernel[grid](coefficients, table, indices, out, H, K, *tile, num_warps=TOKEN_SUMS_WARPS)
+    _token_sums_kernel[(T, triton.cdiv(H, tile[1]))](coefficients, table, indices, out, H, K, *tile, num_warps=1)
+    return out
 
 
 def expert_forward(
@@ -202,28 +253,16 @@ def expert_forward(
     hidden_act: str,
 ) -> tuple[Tensor, Tensor]:
     """``out [T, H]`` and the pre-activations ``s [T, K]``, float32."""
-    (T, K), H = indices.shape, hidden_states.shape[1]
-    out = torch.empty_like(hidden_states)
     pre_activations = torch.empty_like(indices, dtype=torch.float32)
     coefficients = torch.empty_like(pre_activations)
-    tile = _clamp_tile(DOTS_TILE, H)
-    grid = (T, triton.cdiv(K, tile[0]))
+    P = indices.numel()
+    grid = (triton.cdiv(P, ELEMENTWISE_BLOCK),)
     with torch.cuda.device_of(hidden_states):
-        _dots_fwd_kernel[grid](
-            hidden_states,
-            down_weights,
-            indices,
-            routing_weights,
-            pre_activations,
-            coefficients,
-            H,
-            K,
-            hidden_act,
-            *tile,
-            num_warps=DOTS_WARPS,
+        partials = _dots(hidden_states, down_weights, indices)
+        _coefficients_fwd_kernel[grid](
+            partials, routing_weights, pre_activations, coefficients, P, hidden_act, len(partials), ELEMENTWISE_BLOCK
         )
-        _token_sums(coefficients, up_weights, indices, out)
-    return out, pre_activations
+        return _token_sums(coefficients, up_weights, indices), pre_activations
 
 
 def expert_backward_tokens(
@@ -237,29 +276,25 @@ def expert_backward_tokens(
     hidden_act: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``dx [T, H]``, ``dweights [T, K]``, and in float32 ``ds [T, K]`` and the coefficients w * act(s) ``[T, K]``."""
-    (T, K), H = indices.shape, hidden_states.shape[1]
-    dx = torch.empty_like(hidden_states)
     dweights = torch.empty_like(routing_weights)
     dpre_activations, coefficients = torch.empty_like(pre_activations), torch.empty_like(pre_activations)
-    tile = _clamp_tile(DOTS_TILE, H)
-    grid = (T, triton.cdiv(K, tile[0]))
+    P = indices.numel()
+    grid = (triton.cdiv(P, ELEMENTWISE_BLOCK),)
     with torch.cuda.device_of(hidden_states):
-        _dots_bwd_kernel[grid](
-            grad_out,
-            up_weights,
-            indices,
+        partials = _dots(grad_out, up_weights, indices)
+        _coefficients_bwd_kernel[grid](
+            partials,
             routing_weights,
             pre_activations,
             dweights,
             dpre_activations,
             coefficients,
-            H,
-            K,
+            P,
             hidden_act,
-            *tile,
-            num_warps=DOTS_WARPS,
+            len(partials),
+            ELEMENTWISE_BLOCK,
         )
-        _token_sums(dpre_activations, down_weights, indices, dx)
+        dx = _token_sums(dpre_activations, down_weights, indices)
     return dx, dweights, dpre_activations, coefficients
 
 
