@@ -120,7 +120,9 @@ class Attention(nn.Module):
         B, S, H = x.shape
         qkv = self.qkv_proj(x).view(B, S, 3, self.num_heads, H // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        query, key = rotate(self.query_norm(query), rotation), rotate(self.key_norm(key), rotation)
+        # In float32 even under autocast, where a 16-bit input would not match the norms' weights.
+        query = rotate(self.query_norm(query.float()), rotation)
+        key = rotate(self.key_norm(key.float()), rotation)
         if cache is not None:
             key, value = cache.append(key, value)
         # Bytes fed one at a time may see every cached one; only a longer piece needs the causal mask.
