@@ -25,8 +25,9 @@ EXPERT_SUMS_TILE, EXPERT_SUMS_WARPS = (1, 1024), 2
 # before the next: at K 512, E 102400 (210 MB) 7.6 TB/s instead of 4.0. The sums' programs are in that order anyway.
 SLICE = 256
 BLOCKS_PER_PROGRAM_OF_A_SLICE = 4
-# Segments of 2 * HOT_TILE pairs or more are summed as tiles of HOT_TILE pairs by programs of their own.
-HOT_TILE = 256
+# Segments of two tiles of pairs or more are summed tile by tile in programs of their own. A tile of H / 16 pairs keeps
+# the tiles' float32 sums at 16 numbers a pair; shorter than MIN_HOT_TILE they would cost more than they save.
+MIN_HOT_TILE = 64
 ELEMENTWISE_BLOCK = 1024
 
 
@@ -39,12 +40,15 @@ def _dots_kernel(
     T,
     H,
     K,
-    WIDTH,
+    WIDTH: tl.constexpr,
     K_PER_PROGRAM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """partials[slice, t, k] = row[t] . table[e] over the slice's WIDTH columns; a program takes K_PER_PROGRAM pairs."""
+    """partials[slice, t, k] = row[t] . table[e] over the slice's WIDTH columns; a program takes K_PER_PROGRAM pairs.
+
+    WIDTH is H or a multiple of BLOCK_H, so only H ends a block early.
+    """
     programs_per_token = tl.cdiv(K, K_PER_PROGRAM)
     t = (tl.program_id(0) // programs_per_token).to(tl.int64)
     first_k = (tl.program_id(0) % programs_per_token) * K_PER_PROGRAM
@@ -55,9 +59,8 @@ def _dots_kernel(
         acc = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
         for start in tl.range(0, WIDTH, BLOCK_H, loop_unroll_factor=4):
             h = first_h + start + tl.arange(0, BLOCK_H)
-            mask_h = (h < H) & (h < first_h + WIDTH)
-            row = tl.load(rows_ptr + t * H + h, mask=mask_h, other=0.0).to(tl.float32)
-            mask = (k < K)[:, None] & mask_h[None, :]
+            row = tl.load(rows_ptr + t * H + h, mask=h < H, other=0.0).to(tl.float32)
+            mask = (k < K)[:, None] & (h < H)[None, :]
             table = tl.load(table_ptr + ids[:, None] * H + h[None, :], mask=mask, other=0.0).to(tl.float32)
             acc += row[None, :] * table
         partial_row = tl.program_id(1).to(tl.int64) * T + t
@@ -138,7 +141,7 @@ def _token_sums_kernel(
 @triton.jit
 def _add_pairs(acc, start, end, rows_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P: tl.constexpr):
     """acc [BLOCK_P, BLOCK_H] plus coefficient * row of the sorted pairs [start, end)."""
-    for first in range(start, end, BLOCK_P):
+    for first in tl.range(start, end, BLOCK_P, loop_unroll_factor=4):
         p = first + tl.arange(0, BLOCK_P)
         pair = tl.load(order_ptr + p, mask=p < end, other=0)
         coefficients = tl.load(coefficients_ptr + pair, mask=p < end, other=0.0)
@@ -201,7 +204,7 @@ def _expert_sums_kernel(
     tail_start = tl.where(is_hot, last_tile * HOT_TILE, end)
     acc = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
     acc = _add_pairs(acc, start, head_end, rows_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P)
-    for first in range(first_tile, last_tile, BLOCK_P):
+    for first in tl.range(first_tile, last_tile, BLOCK_P, loop_unroll_factor=8):
         tile = first + tl.arange(0, BLOCK_P)
         mask = (tile < last_tile)[:, None] & (h < H)[None, :]
         acc += tl.load(partials_ptr + tile[:, None] * H + h[None, :], mask=mask, other=0.0)
@@ -323,14 +326,15 @@ def _expert_sums(
 ) -> Tensor:
     P, E, H, K = order.numel(), offsets.numel() - 1, rows.shape[1], num_experts_per_tok
     out = rows.new_empty(E, H)
-    num_tiles = P // HOT_TILE
+    hot_tile = max(MIN_HOT_TILE, triton.next_power_of_2(H) // 16)
+    num_tiles = P // hot_tile
     partials = rows.new_empty(num_tiles, H, dtype=torch.float32)
     tile = _clamp_tile(EXPERT_SUMS_TILE, H)
     num_slices = triton.cdiv(H, tile[1])
     _hot_tiles_kernel[(num_tiles, num_slices)](
-        rows, coefficients, sorted_ids, order, offsets, partials, H, K, HOT_TILE, *tile, num_warps=EXPERT_SUMS_WARPS
+        rows, coefficients, sorted_ids, order, offsets, partials, H, K, hot_tile, *tile, num_warps=EXPERT_SUMS_WARPS
     )
     _expert_sums_kernel[(E, num_slices)](
-        rows, coefficients, order, offsets, partials, out, H, K, HOT_TILE, *tile, num_warps=EXPERT_SUMS_WARPS
+        rows, coefficients, order, offsets, partials, out, H, K, hot_tile, *tile, num_warps=EXPERT_SUMS_WARPS
     )
     return out
