@@ -1,0 +1,125 @@
+"""The commands ``bench`` and ``plot``: options in, rows and pictures out."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from flash_moe.bench.cases import LETTERS, ROUTINGS, SETS
+from flash_moe.bench.competitors import NAMES
+from flash_moe.bench.run import Refusal, Request, Row, clock_moved, run_bench
+
+RESULTS = Path("benchmarks", "results")
+# Not beside the rows that the documents show: every run adds to these.
+RUNS = RESULTS / "bench"
+COLUMNS = (
+    ("op", 12), ("case", 36), ("dtype", 8), ("pass", 16), ("backend", 13), ("p50 us", 10), ("p20", 10), ("p80", 10),
+    ("TB/s", 6), ("TFLOP/s", 7), ("of roof", 12), ("MiB", 8), ("launches", 8),
+)  # fmt: skip
+
+
+def bench(
+    ops: Annotated[list[str], typer.Argument(help=f"{', '.join(LETTERS)} or all.")],
+    case: Annotated[str | None, typer.Option(help=f"{', '.join(SETS)}, or sizes such as 4096x128x64.")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help=f"May be repeated: {', '.join(NAMES)}.")] = None,
+    pass_: Annotated[list[str] | None, typer.Option("--pass", help="fwd or bwd [default: both].")] = None,
+    routing: Annotated[str | None, typer.Option(help=f"Of the experts' ids: {', '.join(ROUTINGS)}.")] = None,
+    out: Annotated[Path | None, typer.Option(help=f"File to append to [default: one in {RUNS}].")] = None,
+    seconds: Annotated[float, typer.Option(help="Of measuring, for each row.")] = 0.4,
+    commit: Annotated[str | None, typer.Option(help="Of the code [default: what git says].")] = None,
+) -> None:
+    """Check and time the ops and the layer beside PyTorch, and append a row for each to a file."""
+    request = Request(ops, case, tuple(backend or ()), tuple(pass_ or ()), routing, seconds, commit)
+    console = Console(highlight=False, soft_wrap=True)
+    path = out or default_path()
+    refusals = []
+    count = 0
+    for found in run_bench(request):
+        if isinstance(found, Refusal):
+            refusals.append(found)
+            console.print(describe_refusal(found), style="red" if found.is_failure else "yellow", markup=False)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
+        if count == 0:
+            console.print(describe_run(found), markup=False)
+            console.print(format_line([name for name, _ in COLUMNS]), style="bold", markup=False)
+        count += 1
+        console.print(format_row(found), markup=False)
+        if clock_moved(found):
+            before, after = found["sm_mhz"]
+            console.print(f"  the SM clock moved from {before} to {after} MHz meanwhile", style="yellow", markup=False)
+    console.print(f"{count} rows appended to {path}", markup=False)
+    if failures := [each for each in refusals if each.is_failure]:
+        console.print(f"{len(failures)} rows refused:", style="red", markup=False)
+        for each in failures:
+            console.print(describe_refusal(each), style="red", markup=False)
+        raise typer.Exit(1)
+
+
+def plot(
+    files: Annotated[list[Path] | None, typer.Argument(help=f"Rows [default: all under {RESULTS}].")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = RESULTS / "plots",
+) -> None:
+    """Draw time against T and against E, and shares of the roof, from the rows that flash-moe bench wrote."""
+    from flash_moe.bench.plot import draw_all, read_rows
+
+    chosen = files or sorted([*RESULTS.glob("*.jsonl"), *RUNS.glob("*.jsonl")])
+    rows = read_rows(chosen)
+    if not rows:
+        raise ValueError(
+            f"files: expected rows of flash-moe bench in {', '.join(map(str, chosen)) or RESULTS}; got none"
+        )
+    console = Console(highlight=False, soft_wrap=True)
+    for path in draw_all(rows, out):
+        console.print(f"drew {path}", markup=False)
+
+
+def default_path() -> Path:
+    """A file for this device."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = "cpu"
+    return RUNS / (re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_") + ".jsonl")
+
+
+def describe_run(row: Row) -> str:
+    where = f"{row['gpu']}, driver {row['driver']}" if row.get("gpu") else f"{row['cpu']}, {row['threads']} threads"
+    copy = f"device copy {row['copy_gb_per_s'] / 1e3:.2f} TB/s"
+    return f"{where}, torch {row['torch']}, triton {row['triton']}, commit {row['commit'][:7]}, {copy}"
+
+
+def describe_refusal(refusal: Refusal) -> str:
+    word = "FAILED" if refusal.is_failure else "left out"
+    case = refusal.case
+    what = f"{case.op} {case.describe()}, {case.dtype}, {refusal.which}, {refusal.backend}, {refusal.launch}"
+    return f"{word}: {what}: {refusal.reason}"
+
+
+def format_row(row: Row) -> str:
+    p20, p50, p80 = (f"{time:,.1f}" for time in row["time_us"])
+    tflops = "" if row["tflops"] is None else f"{row['tflops']:.3g}"
+    peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.1f}"
+    launches = "" if row["launches"] is None else str(row["launches"])
+    share = f"{row['roof_pct']:.0f} % {row['roof']}"
+    speed = f"{row['gb_per_s'] / 1e3:.3g}"
+    details = [row["routing"] or "", row["launch"] if row["launch"] == "graph" else ""]
+    case = " ".join(["x".join(map(str, row["sizes"].values())), *details]).strip()
+    what = [row["op"], case, row["dtype"], row["pass"], row["backend"]]
+    return format_line([*what, p50, p20, p80, speed, tflops, share, peak, launches])
+
+
+def format_line(cells: list[str]) -> str:
+    """Cells in columns of fixed width: a row is printed before the next is known."""
+    left = 5
+    padded = [
+        cell.ljust(width) if i < left else cell.rjust(width)
+        for i, (cell, (_, width)) in enumerate(zip(cells, COLUMNS, strict=True))
+    ]
+    return " ".join(padded).rstrip()

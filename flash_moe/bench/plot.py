@@ -1,0 +1,138 @@
+"""Pictures drawn from rows alone: time against T and against E, and each row's share of its roof."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+
+COLORS = {
+    "triton": "C0", "torch": "C2", "reference": "C3", "pytorch_smart": "C1", "torch_compile": "C4", "liger": "C5",
+}  # fmt: skip
+LABELS = {"reference": "PyTorch", "pytorch_smart": "PyTorch, with care", "torch_compile": "torch.compile"}
+# The size along the horizontal axis; the router has N where the others have E.
+AXES = {"T": ("T",), "E": ("E", "N")}
+
+
+def read_rows(paths: Iterable[Path]) -> list[Row]:
+    """The bench rows of the files, of those that measure the same thing the last; other rows are passed over."""
+    rows: dict[object, Row] = {}
+    for path in paths:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"files: {path}, line {number} is not JSON: {error}") from None
+            if "roof_us" in row:
+                rows[(_device(row), row["op"], row["case"], row["dtype"], row["pass"], row["backend"])] = row
+    return list(rows.values())
+
+
+def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Every picture that the rows give, one file for each op and device; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for device, op in dict.fromkeys((_device(row), row["op"]) for row in rows):
+        chosen = [row for row in rows if (_device(row), row["op"]) == (device, op)]
+        figures = {f"time_{axis}": draw_times(chosen, axis) for axis in AXES}
+        for name, figure in {**figures, "roof": draw_shares(chosen)}.items():
+            if figure is not None:
+                figure.suptitle(f"{op}, {device}")
+                path = folder / f"{_slug(op)}_{_slug(device)}_{name}.png"
+                figure.savefig(path, dpi=150, format="png")
+                drawn.append(path)
+    return drawn
+
+
+def draw_times(rows: Sequence[Row], axis: str) -> Figure | None:
+    """One plot for each set of rows that differ in ``axis`` alone; None where there is no such set."""
+    groups: dict[object, list[Row]] = {}
+    for row in rows:
+        others = tuple(size for size in row["sizes"].items() if size[0] not in AXES[axis])
+        groups.setdefault((row["pass"], row["dtype"], row["routing"] or "", others), []).append(row)
+    groups = {key: group for key, group in groups.items() if len({_along(row, axis) for row in group}) > 1}
+    if not groups:
+        return None
+    columns = min(3, len(groups))
+    lines = -(-len(groups) // columns)
+    figure = Figure(figsize=(5.2 * columns, 4.2 * lines + 0.4), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes in grid.flat[len(groups) :]:
+        axes.set_axis_off()
+    for axes, group in zip(grid.flat, groups.values(), strict=False):
+        _draw_group(axes, group, axis)
+    return figure
+
+
+def draw_shares(rows: Sequence[Row]) -> Figure:
+    """A bar for each row, its length the share of the roof that was measured beside it."""
+    passes = list(dict.fromkeys(row["pass"] for row in rows))
+    longest = max(len([row for row in rows if row["pass"] == which]) for which in passes)
+    figure = Figure(figsize=(8 * len(passes), 1.4 + 0.22 * longest), layout="constrained")
+    for axes, which in zip(figure.subplots(1, len(passes), squeeze=False).flat, passes, strict=True):
+        chosen = [row for row in rows if row["pass"] == which]
+        cases = list(dict.fromkeys((row["case"], row["dtype"]) for row in chosen))
+        chosen.sort(key=lambda row: cases.index((row["case"], row["dtype"])))
+        shares = [row["roof_pct"] for row in chosen]
+        axes.barh(range(len(chosen)), shares, color=[COLORS.get(row["backend"], "0.5") for row in chosen])
+        axes.set_yticks(range(len(chosen)), [_describe(row) for row in chosen], fontsize=6)
+        for i, share in enumerate(shares):
+            axes.text(share, i, f" {share:.0f} %", va="center", fontsize=6)
+        axes.axvline(100, color="black", lw=1, ls="--")
+        axes.set_xlim(0, 1.12 * max(100, *shares))
+        axes.set(title=_words(which), xlabel="share of the roof, %")
+        axes.invert_yaxis()
+    return figure
+
+
+def _draw_group(axes: Axes, rows: Sequence[Row], axis: str) -> None:
+    letter = next(letter for letter in AXES[axis] if letter in rows[0]["sizes"])
+    for backend, launch in dict.fromkeys((row["backend"], row["launch"]) for row in rows):
+        line = [row for row in rows if (row["backend"], row["launch"]) == (backend, launch)]
+        line.sort(key=lambda row: _along(row, axis))
+        sizes = [_along(row, axis) for row in line]
+        p20, p50, p80 = zip(*(row["time_us"] for row in line), strict=True)
+        label = _label(backend) + (", CUDA graph" if launch == "graph" else "")
+        color = COLORS.get(backend, "0.5")
+        axes.plot(sizes, p50, marker="o", ms=3, label=label, color=color, ls=":" if launch == "graph" else "-")
+        axes.fill_between(sizes, p20, p80, color=color, alpha=0.2, lw=0)
+    roof = sorted({_along(row, axis): row["roof_us"] for row in rows}.items())
+    axes.plot([size for size, _ in roof], [time for _, time in roof], color="black", ls="--", lw=1, label="roof")
+    others = ", ".join(f"{name} {size}" for name, size in rows[0]["sizes"].items() if name != letter)
+    routing = rows[0]["routing"]
+    title = f"{_words(rows[0]['pass'])}, {others}, {rows[0]['dtype']}" + (f", {routing}" if routing else "")
+    axes.set_title(title, fontsize="small")
+    axes.set(xscale="log", yscale="log", xlabel=letter, ylabel="time, us")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="x-small")
+
+
+def _along(row: Row, axis: str) -> int:
+    return next(row["sizes"][letter] for letter in AXES[axis] if letter in row["sizes"])
+
+
+def _describe(row: Row) -> str:
+    return f"{row['case']}, {row['dtype']}, {_label(row['backend'])} ({row['roof']})"
+
+
+def _label(backend: str) -> str:
+    return LABELS.get(backend, backend)
+
+
+def _words(which: str) -> str:
+    return which.replace("_", " + ")
+
+
+def _device(row: Row) -> str:
+    return str(row.get("gpu") or row.get("cpu"))
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")

@@ -1,0 +1,144 @@
+"""What this machine does at best on a case's bytes and operations, measured in the same run, without our kernels."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flash_moe.bench.cases import Case, Inputs
+from flash_moe.bench.timing import CpuTimer, Timer, percentiles
+from flash_moe.bench.work import FORWARD, Work
+
+# Beyond this a stream's time grows in proportion.
+MAX_STREAM_NBYTES = {"cuda": 2**31, "cpu": 2**25}
+COPY_NBYTES = {"cuda": 2**31, "cpu": 2**25}
+MATMUL_SIZE = {"cuda": 8192, "cpu": 512}
+# Calls in one graph, each on its own memory, which also bounds that memory.
+MAX_STREAMS, STREAMS_NBYTES = 16, 2**30
+
+
+@dataclass(frozen=True)
+class Roof:
+    """The fastest that this machine's parts allow: the slowest of them, since they can work at the same time."""
+
+    bound: str
+    """The part that decides: "stream", "gather" or "matmul"."""
+    time_us: float
+    parts_us: dict[str, float] = field(default_factory=dict)
+
+
+class Roofs:
+    """Measures what is asked for once and remembers it."""
+
+    def __init__(self, timer: Timer, device: torch.device) -> None:
+        self.timer, self.device = timer, device
+        self._known: dict[object, float] = {}
+
+    def roof(self, case: Case, which: str, inputs: Inputs, work: Work) -> Roof:
+        """The roof of pass ``which``. Experts: gathering rows, or where that is faster dense products over all E."""
+        parts = {"stream": self.stream_us(work.nbytes)}
+        if case.op in ("expert", "layer"):
+            parts |= self._expert_parts(case, which, inputs)
+        if case.op in ("mlp", "layer"):
+            dense_flops = work.flops or 0
+            if case.op == "layer":  # the gathered rows' products need no matrix unit
+                T, H, _, _, K = case.sizes
+                dense_flops -= (4 if which == FORWARD else 12) * T * K * H
+            parts["matmul"] = parts.get("matmul", 0.0) + self._matmul_us(dense_flops, case.dtype)
+        bound = max(parts, key=parts.__getitem__)
+        return Roof(bound, parts[bound], parts)
+
+    def copy_gb_per_s(self) -> float:
+        """Device to device, bytes read and written."""
+        nbytes = COPY_NBYTES[self.device.type]
+
+        def measure() -> float:
+            source, target = (torch.ones(nbytes // 8, device=self.device) for _ in range(2))
+            return self._median([lambda: target.copy_(source)])
+
+        return nbytes / self._once(("copy",), measure) / 1e3
+
+    def stream_us(self, nbytes: int) -> float:
+        """Reading ``nbytes`` once."""
+        return self._stream(nbytes, "read", torch.sum)
+
+    def fill_us(self, nbytes: int) -> float:
+        """Writing ``nbytes`` once."""
+        return self._stream(nbytes, "fill", Tensor.zero_)
+
+    def gather_us(self, table: Tensor, ids: Tensor, label: object) -> float:
+        """Summing rows of ``table`` as ``ids [T, K]`` say; ``label`` names the distribution of the ids."""
+        key = ("gather", tuple(table.shape), tuple(ids.shape), table.dtype, label)
+        # The sums mean nothing. On a GPU a thread of embedding_bag loads one element at a time: wide ones are faster.
+        views = [table]
+        if self.device.type == "cuda":
+            nbytes = table.shape[1] * table.element_size()
+            views += [table.view(wide) for wide in (torch.float32, torch.float64) if nbytes % wide.itemsize == 0]
+
+        def measure() -> float:
+            return min(self._median([partial(F.embedding_bag, ids, view, mode="sum")]) for view in views)
+
+        return self._once(key, measure)
+
+    def matmul_tflops(self, dtype: torch.dtype) -> float:
+        size = MATMUL_SIZE[self.device.type]
+
+        def measure() -> float:
+            a, b = (torch.randn(size, size, device=self.device, dtype=dtype) for _ in range(2))
+            return self._median([partial(torch.mm, a, b)])
+
+        return 2 * size**3 / self._once(("matmul", dtype), measure) / 1e6
+
+    def _expert_parts(self, case: Case, which: str, inputs: Inputs) -> dict[str, float]:
+        if case.op == "expert":
+            T, H, E, K = case.sizes
+            x, table, _, ids, _ = inputs.args
+        else:
+            T, H, _, E, K = case.sizes
+            (x, *_, table), _ = inputs
+            ids = torch.randint(E, (T, K), device=self.device, generator=torch.Generator(self.device).manual_seed(0))
+        label = case.routing or "uniform"
+        gather = 2 * self.gather_us(table, ids, label)
+        products = 2
+        if which != FORWARD:
+            tokens = torch.randint(T, (T, K), device=self.device, generator=torch.Generator(self.device).manual_seed(0))
+            tables = 2 * E * H * case.dtype.itemsize
+            backward = gather + 2 * self.gather_us(x, tokens, "tokens") + self.fill_us(tables)
+            gather, products = (backward, 4) if case.op == "expert" else (gather + backward, 6)
+        dense = self._matmul_us(products * 2 * T * E * H, case.dtype)
+        return {"gather": gather} if gather <= dense else {"matmul": dense}
+
+    def _matmul_us(self, flops: int, dtype: torch.dtype) -> float:
+        return flops / self.matmul_tflops(dtype) / 1e6
+
+    def _stream(self, nbytes: int, name: str, function: Callable[[Tensor], Tensor]) -> float:
+        measured = max(4, min(nbytes, MAX_STREAM_NBYTES[self.device.type]))
+
+        def measure() -> float:
+            count = max(1, min(MAX_STREAMS, STREAMS_NBYTES // measured))
+            streams = [torch.ones(measured // 4, device=self.device) for _ in range(count)]
+            return self._median([partial(function, each) for each in streams])
+
+        return self._once((name, measured), measure) * nbytes / measured
+
+    def _median(self, calls: Sequence[Callable[[], object]]) -> float:
+        """The median time of one of ``calls``, all of them in one graph where there are graphs."""
+        with torch.no_grad():
+            if isinstance(self.timer, CpuTimer):
+                self.timer.warm_up(calls[0])
+                return percentiles(self.timer.time_eager(calls[0]))[1]
+            times, _ = self.timer.time_graph([partial(_same, call) for call in calls])
+            return percentiles(times)[1]
+
+    def _once(self, key: object, measure: Callable[[], float]) -> float:
+        if key not in self._known:
+            self._known[key] = measure()
+            self.timer.free()
+        return self._known[key]
+
+
+def _same(call: Callable[[], object]) -> Callable[[], object]:
+    return call
