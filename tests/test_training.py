@@ -629,7 +629,9 @@ def test_gradients_are_clipped(tmp_path, config):
     assert torch.stack(norms).norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("spoil", [lambda loss: loss * math.nan, lambda loss: loss + (loss - loss).sqrt()], ids=str)
+@pytest.mark.parametrize(
+    "spoil", [lambda loss: loss * math.nan, lambda loss: loss + (loss - loss).sqrt()], ids=["loss", "gradient"]
+)
 def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, config, monkeypatch, spoil):
     """Either the loss is not a number, or it is and its gradient is not."""
     run = start_run(replace(config, log_every=100, save_every=1), tmp_path / "run")
