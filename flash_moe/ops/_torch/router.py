@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flash_moe.ops._torch.grouping import group_by_key, sum_groups
 
-# Elements of a chunk's widest arrays: on a CPU at most 8 MB, and within 2 % of the time without chunks (T 4096, N 128,
+# Elements of a chunk's widest arrays: on a CPU at most 8 MB, and within 5 % of the time without chunks (T 4096, N 128,
 # K 32); on a GPU enough to amortise the launches.
 CPU_WORKSPACE = 2**18
 CUDA_WORKSPACE = 2**23
