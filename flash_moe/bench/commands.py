@@ -92,7 +92,7 @@ def default_path() -> Path:
 def describe_run(row: Row) -> str:
     where = f"{row['gpu']}, driver {row['driver']}" if row.get("gpu") else f"{row['cpu']}, {row['threads']} threads"
     copy = f"device copy {row['copy_gb_per_s'] / 1e3:.2f} TB/s"
-    return f"{where}, torch {row['torch']}, triton {row['triton']}, commit {row['commit'][:7]}, {copy}"
+    return f"{where}, torch {row['torch']}, triton {row['triton']}, commit {row['commit']}, {copy}"
 
 
 def describe_refusal(refusal: Refusal) -> str:

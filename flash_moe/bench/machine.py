@@ -54,8 +54,9 @@ def sm_clock_mhz(device: torch.device, keep_busy: Callable[[], object]) -> int |
 
 def _nvidia_smi(query: str, device: torch.device) -> str | None:
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    which = [] if uuid is None else [f"--id=GPU-{uuid}"]
-    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", *which)
+    command = ("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+    found = _output(*command, f"--id=GPU-{uuid}") or _output(*command)
+    return found.splitlines()[0] if found else None
 
 
 def _git(*arguments: str) -> str | None:

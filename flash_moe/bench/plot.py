@@ -55,6 +55,8 @@ def draw_times(rows: Sequence[Row], axis: str) -> Figure | None:
     """One plot for each set of rows that differ in ``axis`` alone; None where there is no such set."""
     groups: dict[object, list[Row]] = {}
     for row in rows:
+        if not set(AXES[axis]) & set(row["sizes"]):
+            continue
         others = tuple(size for size in row["sizes"].items() if size[0] not in AXES[axis])
         groups.setdefault((row["pass"], row["dtype"], row["routing"] or "", others), []).append(row)
     groups = {key: group for key, group in groups.items() if len({_along(row, axis) for row in group}) > 1}
@@ -78,8 +80,7 @@ def draw_shares(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(8 * len(passes), 1.4 + 0.22 * longest), layout="constrained")
     for axes, which in zip(figure.subplots(1, len(passes), squeeze=False).flat, passes, strict=True):
         chosen = [row for row in rows if row["pass"] == which]
-        cases = list(dict.fromkeys((row["case"], row["dtype"]) for row in chosen))
-        chosen.sort(key=lambda row: cases.index((row["case"], row["dtype"])))
+        chosen.sort(key=lambda row: (row["dtype"], list(row["sizes"].values()), row["case"]))
         shares = [row["roof_pct"] for row in chosen]
         axes.barh(range(len(chosen)), shares, color=[COLORS.get(row["backend"], "0.5") for row in chosen])
         axes.set_yticks(range(len(chosen)), [_describe(row) for row in chosen], fontsize=6)

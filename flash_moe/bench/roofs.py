@@ -108,7 +108,9 @@ class Roofs:
             tables = 2 * E * H * case.dtype.itemsize
             backward = gather + 2 * self.gather_us(x, tokens, "tokens") + self.fill_us(tables)
             gather, products = (backward, 4) if case.op == "expert" else (gather + backward, 6)
-        dense = self._matmul_us(products * 2 * T * E * H, case.dtype)
+        # Dense products go through the whole tables, whoever takes what.
+        whole_us = self.stream_us(2 * E * H * case.dtype.itemsize)
+        dense = max(whole_us, self._matmul_us(products * 2 * T * E * H, case.dtype))
         return {"gather": gather} if gather <= dense else {"matmul": dense}
 
     def _matmul_us(self, flops: int, dtype: torch.dtype) -> float:

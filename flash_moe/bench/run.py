@@ -153,7 +153,6 @@ def _measure_eager(bench: _Bench, case: Case, competitor: Competitor, which: str
     """The fields that the eager call gives, after its results have passed the check."""
     bound = competitor.bind(inputs, which)
     error = check(case, inputs, bound, which, competitor.is_ours)
-    bench.timer.free()
     with torch.set_grad_enabled(which != FORWARD):
         call = bound.prepare(which)
         bench.timer.warm_up(call)

@@ -47,7 +47,7 @@ class CpuTimer:
         return times
 
     def free(self) -> None:
-        gc.collect()
+        pass
 
 
 class CudaTimer:
@@ -142,7 +142,7 @@ def count_launches(call: Call) -> int | None:
         call()
         torch.cuda.synchronize()
     on_gpu = [event for event in profile.events() or [] if event.device_type.name == "CUDA"]
-    return sum(not event.is_user_annotation for event in on_gpu) or None
+    return sum(not getattr(event, "is_user_annotation", False) for event in on_gpu) or None
 
 
 def _elapsed(starts: Sequence[torch.cuda.Event], ends: Sequence[torch.cuda.Event]) -> list[float]:

@@ -1,0 +1,506 @@
+"""flash-moe bench and plot: what they refuse, what they count, what they write, what they draw. No time is asserted."""
+
+import importlib.util
+import json
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import flash_moe
+from flash_moe import cli
+from flash_moe.bench import competitors, machine, plot, run
+from flash_moe.bench.cases import ANCHORS, LETTERS, SETS, SMALL, Case, find_cases, make_ids, make_inputs
+from flash_moe.bench.checks import MismatchError, check, check_replay
+from flash_moe.bench.roofs import Roofs
+from flash_moe.bench.run import Refusal, Request, clock_moved, run_bench
+from flash_moe.bench.timing import CpuTimer, percentiles
+from flash_moe.bench.work import BACKWARD, BOTH, FORWARD, count_work, passes_of
+from flash_moe.ops.flash_expert import flash_expert
+from flash_moe.ops.flash_mlp import flash_mlp
+from flash_moe.ops.flash_router import flash_router
+
+ROOT = Path(flash_moe.__file__).parent.parent
+CPU = torch.device("cpu")
+ODD = {"router": (13, 5, 11), "expert": (13, 24, 9, 3), "mlp": (13, 24, 17), "layer": (13, 24, 17, 9, 3)}
+OPS = {"router": flash_router, "expert": flash_expert, "mlp": flash_mlp}
+
+
+def odd(op, dtype=torch.float32, routing=None):
+    return Case(op, ODD[op], dtype, routing or ("uniform" if op == "expert" else None))
+
+
+def bind(case, function, which=BACKWARD, seed=0):
+    inputs = make_inputs(case, CPU, seed)
+    return inputs, competitors._bind_op(case, function, inputs, which)
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["flash-moe", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code or 0
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+# Cases
+
+
+def test_default_cases_are_the_anchors_on_a_gpu_and_small_on_a_cpu():
+    for op in LETTERS:
+        assert {case.sizes for case in find_cases(op, None, None, "cuda")} == set(ANCHORS[op])
+        assert {case.sizes for case in find_cases(op, None, None, "cpu")} == set(SMALL[op])
+        assert {case.dtype for case in find_cases(op, None, None, "cpu")} == {torch.float32}
+    assert {case.dtype for case in find_cases("router", None, None, "cuda")} == {torch.float32, torch.bfloat16}
+    assert {case.T for case in find_cases("layer", None, None, "cuda")} >= {1, 4096, 65536}
+
+
+def test_main_expert_case_comes_with_every_routing():
+    cases = find_cases("expert", None, None, "cuda")
+    assert [case.routing for case in cases if case.sizes == ANCHORS["expert"][0]] == ["uniform", "zipf", "hot"]
+    assert {case.routing for case in cases if case.sizes != ANCHORS["expert"][0]} == {"uniform"}
+    assert {case.routing for case in find_cases("expert", None, "hot", "cuda")} == {"hot"}
+
+
+def test_sizes_have_as_many_parts_as_their_op():
+    for sets in SETS.values():
+        for op, letters in LETTERS.items():
+            assert all(len(sizes) == len(letters) for sizes in sets[op])
+            assert len(set(sets[op])) == len(sets[op])
+    (case,) = find_cases("router", "7x3x2", None, "cpu")
+    assert (case.name, case.by_letter, case.describe()) == ("7x3x2", {"T": 7, "N": 3, "K": 2}, "T 7, N 3, K 2")
+
+
+@pytest.mark.parametrize("routing", ["uniform", "zipf", "hot"])
+def test_ids_are_in_range_and_repeat_from_their_seed(routing):
+    T, E, K = 300, 1000, 16
+    ids, again, other = (make_ids(T, E, K, routing, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert ids.shape == (T, K)
+    assert ids.dtype == torch.int64
+    assert 0 <= ids.min() <= ids.max() < E
+    assert torch.equal(ids, again)
+    assert not torch.equal(ids, other)
+    counts = torch.bincount(ids.flatten(), minlength=E)
+    if routing == "uniform":
+        assert counts.max() < T / 10
+    if routing == "zipf":  # the hottest is in almost every row, about once; the tail is thin
+        assert T / 2 < counts.max() < 1.5 * T
+        assert (counts == 0).sum() > E / 10
+    if routing == "hot":
+        assert (counts >= T).sum() == K // 8
+        assert counts.sort().values[-K // 8 - 1] < T / 10
+
+
+def test_one_expert_is_hot_even_at_one_expert_a_token():
+    assert make_ids(9, 5, 1, "hot", torch.Generator().manual_seed(0)).unique().numel() == 1
+
+
+# Work
+
+
+def test_work_counts_bytes_and_operations():
+    T, H, E, K = ODD["expert"]
+    case = odd("expert", torch.bfloat16)
+    inputs = make_inputs(case, CPU)
+    distinct = len(set(inputs.args[3].flatten().tolist()))
+    forward, backward = (count_work(case, which, inputs) for which in (FORWARD, BACKWARD))
+    assert forward.nbytes == 2 * (2 * T * H + 2 * distinct * H) + T * K * (8 + 2)
+    assert (forward.row_nbytes, forward.flops) == (2 * T * K * H * 2, 4 * T * K * H)
+    assert backward.nbytes == 2 * (3 * T * H + 2 * distinct * H + 2 * E * H) + T * K * (8 + 2 + 2 + 4)
+    assert (backward.row_nbytes, backward.flops) == (2 * forward.row_nbytes, 2 * forward.flops)
+
+    T, N, K = ODD["router"]
+    assert count_work(odd("router"), FORWARD, inputs).nbytes == 2 * T * N * 4 + T * K * 12
+    T, H, I = ODD["mlp"]
+    assert count_work(odd("mlp"), FORWARD, inputs).flops == 6 * T * H * I
+    layer = count_work(odd("layer"), FORWARD, inputs)
+    assert layer.flops > 6 * T * H * I
+    assert count_work(odd("layer"), BOTH, inputs).flops == 3 * layer.flops
+
+
+def test_roofs_take_the_slowest_part_and_measure_it_once():
+    roofs = Roofs(CpuTimer(0.001), CPU)
+    case = odd("expert")
+    inputs = make_inputs(case, CPU)
+    work = count_work(case, BACKWARD, inputs)
+    roof = roofs.roof(case, BACKWARD, inputs, work)
+    assert roof.time_us == roof.parts_us[roof.bound] == max(roof.parts_us.values()) > 0
+    assert set(roof.parts_us) in ({"stream", "gather"}, {"stream", "matmul"})
+    assert roofs.roof(case, BACKWARD, inputs, work) == roof
+    assert roofs.copy_gb_per_s() > 0
+    assert set(roofs.roof(odd("router"), FORWARD, inputs, work).parts_us) == {"stream"}
+    layer = odd("layer")
+    assert set(roofs.roof(layer, BOTH, make_inputs(layer, CPU), work).parts_us) >= {"stream", "matmul"}
+
+
+# Checks: what is right passes, what is wrong has no row
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", LETTERS)
+def test_right_numbers_pass(op, dtype):
+    for routing in ("uniform", "zipf", "hot") if op == "expert" else (None,):
+        case = odd(op, dtype, routing)
+        inputs = make_inputs(case, CPU)
+        names = tuple(name for name in ("torch", "reference", "pytorch_smart"))
+        found = competitors.find_competitors(case, CPU, names)
+        assert len(found) == {"router": 3, "expert": 3, "mlp": 1, "layer": 2}[op]
+        for competitor in found:
+            for which in passes_of(case):
+                error = check(case, inputs, competitor.bind(inputs, which), which, competitor.is_ours)
+                assert error <= (0.05 if dtype == torch.bfloat16 else 1e-5)
+
+
+class _Faulty(torch.autograd.Function):
+    """Passes tensors through; gradient ``which`` is 2 % too large."""
+
+    @staticmethod
+    def forward(ctx, which, *tensors):
+        ctx.which = which
+        return tensors
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, *(grad * 1.02 if i == ctx.which else grad for i, grad in enumerate(grads))
+
+
+def with_faulty_gradient(function, which, *args):
+    tensors = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    passed = iter(_Faulty.apply(which, *tensors))
+    return function(*(next(passed) if any(x is each for each in tensors) else x for x in args))
+
+
+@pytest.mark.parametrize(
+    "op, which", [("router", 0), *(("expert", i) for i in range(4)), *(("mlp", i) for i in range(4))]
+)
+def test_two_percent_in_any_gradient_is_refused(op, which):
+    case = odd(op, torch.bfloat16)
+    inputs, right = bind(case, partial(OPS[op], backend="torch"))
+    check(case, inputs, right, BACKWARD, True)
+    inputs, wrong = bind(case, partial(with_faulty_gradient, partial(OPS[op], backend="torch"), which))
+    with pytest.raises(MismatchError, match=r"d\w+: .*error"):
+        check(case, inputs, wrong, BACKWARD, True)
+
+
+@pytest.mark.parametrize("parameter", range(7))
+def test_a_wrong_gradient_of_the_layer_is_refused(parameter):
+    case = odd("layer")
+    inputs = make_inputs(case, CPU)
+    (competitor,) = competitors.find_competitors(case, CPU, ("torch",))
+    bound = competitor.bind(inputs, BOTH)
+    bound.leaves[parameter].register_hook(lambda grad: grad * 1.02)
+    with pytest.raises(MismatchError):
+        check(case, inputs, bound, BOTH, True)
+
+
+def wrong_router(change, logits, N, K):
+    return change(*flash_router(logits, N, K, backend="torch"))
+
+
+@pytest.mark.parametrize(
+    "change, ours, message",
+    [
+        (lambda scores, ids: (scores + 1e-6, ids), True, "scores differ"),
+        (lambda scores, ids: (scores, ids.roll(1, 1)), True, "ids differ"),
+        (lambda scores, ids: (scores, ids.roll(1, 1)), False, "do not have the scores"),
+        (lambda scores, ids: (scores, ids + 100), False, "out of range"),
+        (lambda scores, ids: (scores, ids - 100), False, "out of range"),
+    ],
+)
+def test_wrong_router_outputs_are_refused(change, ours, message):
+    case = odd("router")
+    inputs, bound = bind(case, partial(wrong_router, change))
+    with pytest.raises(MismatchError, match=message):
+        check(case, inputs, bound, FORWARD, ours)
+
+
+def test_an_expert_taken_twice_is_refused():
+    case = Case("router", (3, 4, 2), torch.float32)
+    inputs = make_inputs(case, CPU)
+    inputs.args[0][:] = 0.0  # all scores are equal, so that only the ids can tell
+    double = partial(wrong_router, lambda scores, ids: (scores, ids[:, :1].expand(-1, 2)))
+    with pytest.raises(MismatchError, match="twice"):
+        check(case, inputs, competitors._bind_op(case, double, inputs, FORWARD), FORWARD, False)
+
+
+@pytest.mark.parametrize("change", [lambda x: x * math.nan, lambda x: x * 1.2, lambda x: x[:, :-1]])
+def test_a_competitor_that_computes_something_else_is_refused(change):
+    case = odd("expert", torch.bfloat16)
+    inputs, bound = bind(case, lambda *args: change(flash_expert(*args, backend="reference")))
+    with pytest.raises(MismatchError, match=r"^out: "):
+        check(case, inputs, bound, FORWARD, False)
+
+
+def test_a_replay_must_leave_what_the_call_gives():
+    case = odd("expert")
+    _, bound = bind(case, partial(flash_expert, backend="torch"))
+    right = bound.prepare(BACKWARD)()
+    check_replay(case, bound, BACKWARD, right)
+    with pytest.raises(MismatchError, match="replayed result 2"):
+        check_replay(case, bound, BACKWARD, (*right[:2], right[2] * 1.01, right[3]))
+
+
+# Competitors
+
+
+# The layer's reference looks for its candidates by value, where a graph ends in the middle.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("op", ["router", "expert", "layer"])
+def test_compiled_competitor_is_right(op, monkeypatch):
+    monkeypatch.setattr(competitors, "COMPILER", "aot_eager")
+    case = odd(op)
+    inputs = make_inputs(case, CPU)
+    (competitor,) = competitors.find_competitors(case, CPU, ("torch_compile",))
+    which = passes_of(case)[1]
+    bound = competitor.bind(inputs, which)
+    check(case, inputs, bound, which, False)
+    timed = bound.prepare(which)
+    assert all(torch.equal(a, b) for a, b in zip(timed(), timed(), strict=True))
+    competitors.free_competitor("torch_compile")
+
+
+def test_peers_are_optional_and_compiling_is_rare():
+    names = {competitor.name for competitor in competitors.find_competitors(odd("mlp"), CPU, ())}
+    assert "reference" in names
+    assert not names & {"liger", "torch_compile"}
+    for op, compiled in competitors.COMPILED.items():
+        assert set(compiled) <= {"x".join(map(str, sizes)) for sizes in ANCHORS[op]}
+
+
+@pytest.mark.parametrize("op", LETTERS)
+def test_triton_kernels_are_measured_in_the_interpreter(op, no_gpu):
+    if competitors.why_not("triton", CPU) is not None:
+        pytest.skip("the kernels run on the GPU here")
+    sizes = {"router": "2x3x2", "expert": "2x8x4x2", "mlp": "2x8x4", "layer": "2x8x4x4x2"}[op]
+    rows = list(run_bench(Request([op], sizes, ("triton",), ("fwd",), seconds=1e-4, commit="abc")))
+    assert [row["backend"] for row in rows] == ["triton"], rows
+
+
+# Rows
+
+
+def load_tables():
+    spec = importlib.util.spec_from_file_location("tables_of_rows", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_of_every_op_are_complete(no_gpu):
+    rows = list(run_bench(Request(["all"], backends=("reference",), seconds=1e-3, commit="abc")))
+    assert not [row for row in rows if isinstance(row, Refusal)]
+    assert {(row["op"], row["pass"]) for row in rows} == {
+        *((op, which) for op in ("flash_router", "flash_expert", "flash_mlp") for which in (FORWARD, BACKWARD)),
+        ("FlashMoE", FORWARD), ("FlashMoE", BOTH),
+    }  # fmt: skip
+    tables = load_tables()
+    for row in rows:
+        row = json.loads(json.dumps(row))
+        tables.check_row(row)
+        assert tables.table_of(row) == f"cpu {row['op']}"
+        assert row["calls"] >= 5
+        assert row["roof_pct"] == pytest.approx(100 * row["roof_us"] / row["time_us"][1], rel=0.01)
+        assert row["gb_per_s"] > 0
+        assert row["peak_mib"] >= 0
+        assert row["error"] < 1e-5
+        assert (row["launches"], row["launch"], row["is_cold"], row["sm_mhz"]) == (None, "eager", False, [None, None])
+        assert (row["commit"], row["threads"], row["torch"]) == ("abc", torch.get_num_threads(), torch.__version__)
+    texts = [(row["op"], row["case"], row["pass"]) for row in rows]
+    assert len(set(texts)) == len(texts)
+
+
+def test_peak_memory_is_without_the_results(no_gpu):
+    request = Request(["expert"], "64x64x100x32", ("reference",), ("fwd",), seconds=1e-3, commit="abc")
+    (row,) = run_bench(request)
+    assert 0.5 <= row["peak_mib"] <= 1.5  # one gather of [64, 32, 64] float32 is 0.5 MiB
+
+
+@pytest.mark.parametrize("passes, expected", [(("fwd",), FORWARD), (("bwd",), BACKWARD)])
+def test_one_pass_alone(no_gpu, passes, expected):
+    rows = run_bench(Request(["mlp"], "4x8x8", ("reference",), passes, seconds=1e-3, commit="abc"))
+    assert [row["pass"] for row in rows] == [expected]
+
+
+def test_percentiles_and_clock():
+    assert percentiles([float(i) for i in range(101)]) == [20, 50, 80]
+    assert clock_moved({"sm_mhz": [1000, 960]})
+    assert clock_moved({"sm_mhz": [1000, 1040]})
+    assert not clock_moved({"sm_mhz": [1000, 975]})
+    assert not clock_moved({"sm_mhz": [None, None]})
+
+
+def test_commit_of_this_checkout():
+    commit = machine.find_commit()
+    if (ROOT / ".git").exists():
+        assert len(commit.removesuffix("-dirty")) == 40
+    else:
+        assert commit is None
+
+
+# Commands
+
+
+def test_bench_appends_rows_and_prints_them(monkeypatch, capsys, tmp_path, no_gpu):
+    out = tmp_path / "new" / "rows.jsonl"
+    options = ["--backend", "torch", "--backend", "reference", "--case", "4x16x8x2", "--routing", "zipf"]
+    for times in (1, 2):
+        assert call(monkeypatch, "bench", "expert", *options, "--seconds", 0.001, "--commit", "abc", "--out", out) == 0
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [(row["backend"], row["pass"]) for row in rows] == times * [
+            ("torch", FORWARD), ("torch", BACKWARD), ("reference", FORWARD), ("reference", BACKWARD)
+        ]  # fmt: skip
+        assert rows[0]["case"] == "T 4, H 16, E 8, K 2, zipf"
+        printed = capsys.readouterr().out
+        assert "p50 us" in printed
+        assert printed.count("4x16x8x2 zipf") == 4
+        assert f"4 rows appended to {out}" in printed
+
+
+def test_default_file_is_not_among_those_the_documents_show(monkeypatch, tmp_path, no_gpu):
+    monkeypatch.chdir(tmp_path)
+    options = ["--case", "4x8x8", "--backend", "reference", "--seconds", 0.001, "--commit", "abc"]
+    assert call(monkeypatch, "bench", "mlp", *options) == 0
+    assert [path.name for path in (tmp_path / "benchmarks" / "results" / "bench").iterdir()] == ["cpu.jsonl"]
+    assert not list((tmp_path / "benchmarks" / "results").glob("*.jsonl"))
+    assert call(monkeypatch, "plot") == 0
+    assert list((tmp_path / "benchmarks" / "results" / "plots").glob("flash_mlp_*_roof.png"))
+
+
+def test_wrong_numbers_get_no_row_and_exit_code_1(monkeypatch, capsys, tmp_path, no_gpu):
+    out = tmp_path / "rows.jsonl"
+    wrong = lambda *args, backend: flash_expert(*args, backend="torch") * (1.02 if backend == "torch" else 1.0)  # noqa: E731
+    monkeypatch.setitem(competitors.PUBLIC_OPS, "expert", wrong)
+    options = ["--backend", "torch", "--backend", "reference", "--case", "4x16x8x2", "--pass", "fwd"]
+    assert call(monkeypatch, "bench", "expert", *options, "--seconds", 0.001, "--commit", "abc", "--out", out) == 1
+    (line,) = out.read_text().splitlines()
+    assert json.loads(line)["backend"] == "reference"
+    printed = capsys.readouterr().out
+    assert "FAILED: expert T 4, H 16, E 8, K 2" in printed
+    assert "budget" in printed
+    assert "1 rows refused" in printed
+
+
+@pytest.mark.parametrize("backend, code", [("torch", 1), ("reference", 0)])
+def test_only_ours_must_fit_into_memory(monkeypatch, capsys, tmp_path, no_gpu, backend, code):
+    def no_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setitem(competitors.PUBLIC_OPS, "mlp" if backend == "reference" else "expert", no_memory)
+    op, case = ("mlp", "4x8x8") if backend == "reference" else ("expert", "4x16x8x2")
+    options = ["--backend", backend, "--case", case, "--seconds", 0.001, "--commit", "abc"]
+    assert call(monkeypatch, "bench", op, *options, "--out", tmp_path / "rows.jsonl") == code
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_a_moved_clock_is_told(monkeypatch, capsys, tmp_path, no_gpu):
+    clocks = iter([1000, 900])
+    monkeypatch.setattr(run, "_clock", lambda bench: next(clocks))
+    options = ["--backend", "reference", "--case", "4x8x8", "--pass", "fwd", "--seconds", 0.001, "--commit", "abc"]
+    assert call(monkeypatch, "bench", "mlp", *options, "--out", tmp_path / "rows.jsonl") == 0
+    assert "moved from 1000 to 900 MHz" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["bench", "coffee"], "op: expected one of router, expert, mlp, layer, all; got 'coffee'"),
+        (["bench"], "{ops}..."),
+        (["bench", "router", "--case", "4096x128"], "case: expected one of anchors, sweep, small, or sizes TxNxK"),
+        (["bench", "router", "--case", "4x0x1"], "case: expected"),
+        (["bench", "router", "--pass", "sideways"], "pass: expected one of fwd, bwd"),
+        (["bench", "expert", "--routing", "cold"], "routing: expected one of uniform, zipf, hot"),
+        (["bench", "router", "--routing", "hot"], "routing: expected only with expert"),
+        (["bench", "router", "--backend", "magic"], "backend: expected one of triton, torch,"),
+        (["bench", "router", "--backend", "liger"], "backend: liger cannot run here"),
+        (["bench", "mlp", "--backend", "torch"], "backend: expected one that mlp has; got torch"),
+        (["bench", "router", "--seconds", "0"], "seconds: expected"),
+        (["plot"], "files: expected rows of flash-moe bench"),
+        (["plot", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_are_said_before_anything_is_measured(monkeypatch, capsys, tmp_path, no_gpu, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+# Pictures
+
+
+def row_at(T, E, backend="triton", which=FORWARD, time=10.0, **more):
+    return {
+        "op": "flash_expert", "case": f"T {T}, H 8, E {E}, K 2", "backend": backend, "pass": which, "launch": "eager",
+        "dtype": "bfloat16", "routing": "uniform", "sizes": {"T": T, "H": 8, "E": E, "K": 2}, "roof": "gather",
+        "time_us": [time, 1.1 * time, 1.3 * time], "roof_us": 5.0, "roof_pct": 45.0, "gpu": "An H200", **more,
+    }  # fmt: skip
+
+
+def test_pictures_are_drawn_from_rows_alone(tmp_path):
+    rows = [row_at(T, 16, backend) for T in (1, 16, 256) for backend in ("triton", "reference")]
+    rows += [row_at(1, 16, launch="graph", case="T 1, H 8, E 16, K 2, CUDA graph"), row_at(16, 64), row_at(16, 256)]
+    file = tmp_path / "rows.jsonl"
+    stale = {**rows[0], "time_us": [99.0, 99.0, 99.0]}
+    other = {"preset": "gpu", "steps": 3}
+    file.write_text("\n".join(json.dumps(row) for row in (stale, other, *rows)) + "\n\n")
+    read = plot.read_rows([file])
+    assert len(read) == len(rows)
+    assert stale not in read
+    drawn = plot.draw_all(read, tmp_path / "plots")
+    names = [f"flash_expert_an_h200_{name}.png" for name in ("time_T", "time_E", "roof")]
+    assert [path.name for path in drawn] == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+    (axes,) = plot.draw_times(read, "T").axes
+    assert (axes.get_xscale(), axes.get_yscale(), axes.get_xlabel()) == ("log", "log", "T")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert lines["triton"] == [[1, 11], [16, 11], [256, 11]]
+    assert set(lines) == {"triton", "PyTorch", "triton, CUDA graph", "roof"}
+    assert [x for x, _ in lines["roof"]] == [1, 16, 256]
+    (axes,) = plot.draw_times(read, "E").axes
+    assert axes.get_xlabel() == "E"
+    bars = plot.draw_shares(read).axes[0]
+    assert [bar.get_width() for bar in bars.patches] == [45.0] * len(read)
+
+
+def test_what_does_not_vary_is_not_drawn_against():
+    assert plot.draw_times([row_at(1, 16), row_at(16, 64)], "T") is None
+    router = [{**row_at(4, 0), "op": "flash_router", "sizes": {"T": 4, "N": N, "K": 2}} for N in (8, 16)]
+    assert plot.draw_times(router, "E").axes[0].get_xlabel() == "N"
+
+
+def test_a_broken_file_of_rows_is_named(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row_at(1, 16)) + "\n{broken\n")
+    with pytest.raises(ValueError, match=r"files: .*rows.jsonl, line 2"):
+        plot.read_rows([file])
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", LETTERS)
+def test_small_cases_on_a_gpu(op):
+    names = ("triton", "torch", "reference", "pytorch_smart")
+    rows = list(run_bench(Request([op], "small", names, seconds=0.02, commit="abc")))
+    assert not [row for row in rows if isinstance(row, Refusal)]
+    graphs = {(row["backend"], row["pass"]) for row in rows if row["launch"] == "graph"}
+    assert ("triton", FORWARD) in graphs
+    assert ("triton", BOTH if op == "layer" else BACKWARD) in graphs
+    for row in rows:
+        assert row["is_cold"]
+        assert row["gpu"] == torch.cuda.get_device_name()
+        if row["launch"] == "eager":
+            assert row["launches"] >= 1
+            assert row["peak_mib"] >= 0
