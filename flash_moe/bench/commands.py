@@ -26,11 +26,11 @@ def bench(
     ops: Annotated[list[str], typer.Argument(help=f"{', '.join(LETTERS)} or all.")],
     case: Annotated[str | None, typer.Option(help=f"{', '.join(SETS)}, or sizes such as 4096x128x64.")] = None,
     backend: Annotated[list[str] | None, typer.Option(help=f"May be repeated: {', '.join(NAMES)}.")] = None,
-    pass_: Annotated[list[str] | None, typer.Option("--pass", help="fwd or bwd [default: both].")] = None,
+    pass_: Annotated[list[str] | None, typer.Option("--pass", help="fwd or bwd; by default both.")] = None,
     routing: Annotated[str | None, typer.Option(help=f"Of the experts' ids: {', '.join(ROUTINGS)}.")] = None,
-    out: Annotated[Path | None, typer.Option(help=f"File to append to [default: one in {RUNS}].")] = None,
+    out: Annotated[Path | None, typer.Option(help=f"File to append to; by default one in {RUNS}.")] = None,
     seconds: Annotated[float, typer.Option(help="Of measuring, for each row.")] = 0.4,
-    commit: Annotated[str | None, typer.Option(help="Of the code [default: what git says].")] = None,
+    commit: Annotated[str | None, typer.Option(help="Of the code; by default what git says.")] = None,
 ) -> None:
     """Check and time the ops and the layer beside PyTorch, and append a row for each to a file."""
     request = Request(ops, case, tuple(backend or ()), tuple(pass_ or ()), routing, seconds, commit)
@@ -63,7 +63,7 @@ def bench(
 
 
 def plot(
-    files: Annotated[list[Path] | None, typer.Argument(help=f"Rows [default: all under {RESULTS}].")] = None,
+    files: Annotated[list[Path] | None, typer.Argument(help=f"Rows; by default all under {RESULTS}.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = RESULTS / "plots",
 ) -> None:
     """Draw time against T and against E, and shares of the roof, from the rows that flash-moe bench wrote."""
