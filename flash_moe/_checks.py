@@ -27,6 +27,11 @@ def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> 
         raise TypeError(f"{name}: expected dtype {shown}; got {tensor.dtype}")
 
 
+def float_dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    """What an op takes: three dtypes, and float64 too where the reference is asked for as an oracle."""
+    return (*FLOAT_DTYPES, torch.float64) if backend == "reference" else FLOAT_DTYPES
+
+
 def check_same_device(**tensors: Tensor) -> None:
     (first_name, first), *others = tensors.items()
     for name, tensor in others:

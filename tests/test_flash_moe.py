@@ -991,7 +991,8 @@ def test_graph_replay_sees_changed_data(dtype, device):
             run_layer(layer, x, upstream, attention_mask=mask)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # On the warm-up's stream: router_loss keeps that pass's graph alive, and autograd wants one stream for both.
+    with torch.cuda.graph(graph, stream=stream):
         captured = run_layer(layer, x, upstream, attention_mask=mask)
     layer.load_state_dict(eager.state_dict())
     layer.reset_expert_usage()

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from flash_moe._activations import check_activation
 from flash_moe._checks import (
-    FLOAT_DTYPES,
     check_bool,
     check_coefficient,
     check_dtype,
     check_int,
     check_same_device,
     check_shape,
+    float_dtypes,
 )
 from flash_moe.modules.expert_usage import ExpertUsage, count_experts, summarize_usage
 from flash_moe.modules.masked_batch_norm import masked_batch_norm
@@ -195,8 +195,7 @@ class FlashMoE(nn.Module):
         check_same_device(hidden_states=hidden_states, router_gate=weight)
         if not torch.is_autocast_enabled(hidden_states.device.type):
             check_dtype("hidden_states", hidden_states, (weight.dtype,))
-        if self.config.backend != "reference":
-            check_dtype("hidden_states", hidden_states, FLOAT_DTYPES)
+        check_dtype("hidden_states", hidden_states, float_dtypes(self.config.backend))
         if self.training and self.config.router_norm == "batch" and hidden_states.numel() == H:
             raise ValueError(
                 "hidden_states: expected 2 or more tokens, since BatchNorm cannot train on one; got 1; "

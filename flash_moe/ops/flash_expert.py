@@ -10,13 +10,13 @@ from torch import Tensor
 from flash_moe._activations import check_activation
 from flash_moe._backend import Backend, resolve_backend
 from flash_moe._checks import (
-    FLOAT_DTYPES,
     check_dtype,
     check_ids_in_range,
     check_pairs,
     check_same_device,
     check_shape,
     debug_enabled,
+    float_dtypes,
 )
 from flash_moe.ops._reference.expert import expert_reference
 from flash_moe.ops._register import register_op
@@ -70,19 +70,20 @@ def flash_expert(
         routing_weights=routing_weights,
     )
     chosen = resolve_backend(backend, hidden_states)
-    if chosen is Backend.REFERENCE:
-        return expert_reference(hidden_states, down_weights, up_weights, indices, routing_weights, hidden_act)
     device_type = hidden_states.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         hidden_states, down_weights, up_weights = (x.to(dtype) for x in (hidden_states, down_weights, up_weights))
         if routing_weights.dtype != dtype:
             routing_weights = routing_weights.float()
-    check_dtype("hidden_states", hidden_states, FLOAT_DTYPES)
+    check_dtype("hidden_states", hidden_states, float_dtypes(backend))
     check_dtype("down_weights", down_weights, (hidden_states.dtype,))
     check_dtype("up_weights", up_weights, (hidden_states.dtype,))
     check_dtype("routing_weights", routing_weights, (hidden_states.dtype, torch.float32))
     check_pairs(T, indices.shape[1])
+    if chosen is Backend.REFERENCE:
+        _check_ids(indices, down_weights.shape[0])
+        return expert_reference(hidden_states, down_weights, up_weights, indices, routing_weights, hidden_act)
     inputs = (hidden_states, down_weights, up_weights, indices, routing_weights)
     out, _ = torch.ops.flash_moe.flash_expert(*(x.contiguous() for x in inputs), hidden_act, chosen.value)
     return out
@@ -102,6 +103,11 @@ def triton_flash_expert_func(
     )
 
 
+def _check_ids(indices: Tensor, num_experts: int) -> None:
+    if not indices.is_cuda or debug_enabled():
+        check_ids_in_range("indices", indices, num_experts)
+
+
 def _implementation(backend: str) -> ModuleType:
     return import_module(f"flash_moe.ops._{backend}.expert")
 
@@ -115,8 +121,7 @@ def _forward(
     hidden_act: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if not indices.is_cuda or debug_enabled():
-        check_ids_in_range("indices", indices, down_weights.shape[0])
+    _check_ids(indices, down_weights.shape[0])
     return _implementation(backend).expert_forward(
         hidden_states, down_weights, up_weights, indices, routing_weights, hidden_act
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flash_moe._activations import check_activation
 from flash_moe._backend import Backend, resolve_backend
-from flash_moe._checks import FLOAT_DTYPES, check_dtype, check_same_device, check_shape
+from flash_moe._checks import check_dtype, check_same_device, check_shape, float_dtypes
 from flash_moe.ops._reference.mlp import gated_activation_reference
 from flash_moe.ops._register import register_op
 
@@ -46,8 +46,7 @@ def flash_mlp(
     check_shape("down_proj", down_proj, (gate_proj.shape[1], gate_proj.shape[0]), "[H, I]")
     check_same_device(hidden_states=hidden_states, gate_proj=gate_proj, up_proj=up_proj, down_proj=down_proj)
     chosen = resolve_backend(backend, hidden_states)
-    if chosen is not Backend.REFERENCE:
-        check_dtype("hidden_states", hidden_states, FLOAT_DTYPES)
+    check_dtype("hidden_states", hidden_states, float_dtypes(backend))
     if not torch.is_autocast_enabled(hidden_states.device.type):
         for name, weight in (("gate_proj", gate_proj), ("up_proj", up_proj), ("down_proj", down_proj)):
             check_dtype(name, weight, (hidden_states.dtype,))

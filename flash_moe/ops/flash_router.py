@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_moe._backend import Backend, resolve_backend
-from flash_moe._checks import FLOAT_DTYPES, check_dtype, check_int, check_pairs, check_shape
+from flash_moe._checks import check_dtype, check_int, check_pairs, check_shape, float_dtypes
 from flash_moe.ops._reference.router import router_reference
 from flash_moe.ops._register import register_op
 
@@ -45,10 +45,10 @@ def flash_router(
     check_int("num_expert_keys", num_expert_keys, 1, 2**31 - 1)
     check_int("num_experts_per_tok", num_experts_per_tok, 1, num_expert_keys**2)
     check_shape("router_logits", router_logits, (2, None, num_expert_keys), "[2, T, N]")
+    check_dtype("router_logits", router_logits, float_dtypes(backend))
     chosen = resolve_backend(backend, router_logits)
     if chosen is Backend.REFERENCE:
         return router_reference(router_logits, num_expert_keys, num_experts_per_tok)
-    check_dtype("router_logits", router_logits, FLOAT_DTYPES)
     check_pairs(router_logits.shape[1], num_experts_per_tok)
     scores, indices = torch.ops.flash_moe.flash_router(router_logits.contiguous(), num_experts_per_tok, chosen.value)
     return scores, indices

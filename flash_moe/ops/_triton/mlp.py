@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_moe.ops._triton.math import activation, activation_grad
+from flash_moe.ops._triton.math import activation, activation_grad, round_for
 
 # Memory-bound: a block only keeps each thread's loads 16 bytes wide.
 BLOCK = 2048
@@ -18,7 +18,7 @@ def _gated_fwd_kernel(gate_ptr, up_ptr, out_ptr, numel, HIDDEN_ACT: tl.constexpr
     mask = offs < numel
     gate = tl.load(gate_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offs, activation(gate, HIDDEN_ACT) * up, mask=mask)
+    tl.store(out_ptr + offs, round_for(out_ptr, activation(gate, HIDDEN_ACT) * up), mask=mask)
 
 
 @triton.jit
@@ -30,8 +30,8 @@ def _gated_bwd_kernel(
     dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dgate_ptr + offs, dout * up * activation_grad(gate, HIDDEN_ACT), mask=mask)
-    tl.store(dup_ptr + offs, dout * activation(gate, HIDDEN_ACT), mask=mask)
+    tl.store(dgate_ptr + offs, round_for(dgate_ptr, dout * up * activation_grad(gate, HIDDEN_ACT)), mask=mask)
+    tl.store(dup_ptr + offs, round_for(dup_ptr, dout * activation(gate, HIDDEN_ACT)), mask=mask)
 
 
 def gated_activation_forward(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_moe.ops._triton.math import round_for
+
 PADDING = tl.constexpr(-(2**63))
 # Keys sorted at a time, unless more than these must be kept. More does no less work and takes far longer to compile.
 MAX_SORT = 512
@@ -112,7 +114,7 @@ def _router_fwd_kernel(
         for start in range(0, NUM_SLOTS, BLOCK_C):
             best = _merge_best(best, _pair_keys(rows, cols, start, N, K, R, K_POW2, LOG_K, BLOCK_C), K_POW2)
     k = tl.arange(0, K_POW2)
-    tl.store(scores_ptr + t * K + k, _scores(best), mask=k < K)
+    tl.store(scores_ptr + t * K + k, round_for(scores_ptr, _scores(best)), mask=k < K)
     tl.store(indices_ptr + t * K + k, _ids(best), mask=k < K)
 
 
@@ -132,7 +134,7 @@ def _router_bwd_kernel(dscores_ptr, indices_ptr, dlogits_ptr, T, N, K, BLOCK_N: 
         row = ids // keys_per_half
         key = tl.where(half == 0, row, ids - row * keys_per_half)
         acc += tl.where(key[:, None] == n.to(tl.uint32)[None, :], dscores[:, None], 0.0)
-    tl.store(dlogits_ptr + (half * T + t) * N + n, tl.sum(acc, 0), mask=n < N)
+    tl.store(dlogits_ptr + (half * T + t) * N + n, round_for(dlogits_ptr, tl.sum(acc, 0)), mask=n < N)
 
 
 def _num_warps(num_keys: int) -> int:
