@@ -161,13 +161,14 @@ def assert_close(actual, expected, bound):
 
 
 def assert_rounds_as_well_as(low, exact, actual):
-    """Every error at most twice that of ``low`` and half an eps, in norm.
+    """Every error at most twice that of ``low`` and half an eps, in norm; 4 eps in float32, as in ``flash_moe.testing``.
 
     Twice, not the quarter more that an op is allowed: one logit rounded otherwise moves whole rows of the gradients.
     """
     assert actual.keys() == exact.keys()
     for name, value in actual.items():
-        budget = 2 * relative_error(low[name], exact[name]) + torch.finfo(value.dtype).eps / 2
+        eps = torch.finfo(value.dtype).eps
+        budget = 2 * relative_error(low[name], exact[name]) + (4 * eps if value.dtype == torch.float32 else eps / 2)
         error = relative_error(value, exact[name])
         assert error <= budget, f"{name}: error {error:.3e}, budget {budget:.3e}"
 

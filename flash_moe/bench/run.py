@@ -132,6 +132,8 @@ def _run_case(
                     row = _row(bench, case, competitor, which, launch, works[which], roofs[which], found)
                 except torch.OutOfMemoryError:
                     row = Refusal(case, competitor.name, which, launch, "out of memory", competitor.is_ours)
+                except NotImplementedError as error:  # embedding_bag's backward on a GPU knows no bfloat16, say
+                    row = Refusal(case, competitor.name, which, launch, str(error), competitor.is_ours)
                 except Exception as error:
                     # Only its text is kept: a traceback would hold on to the tensors.
                     reason = f"{type(error).__name__}: {error}".strip()
