@@ -80,7 +80,7 @@ def append_rows(path: Path, pass_: str, args: argparse.Namespace, best: list[flo
         for backend, ms in zip(BACKENDS, best, strict=True):
             row = {
                 "op": "flash_expert",
-                "case": f"{T}x{H}x{E}x{K}",
+                "case": f"T {T}, H {H}, E {E}, K {K}",
                 "backend": backend,
                 "pass": pass_,
                 "time_us": [round(ms * 1e3, 1)] * 3,
