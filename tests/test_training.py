@@ -279,6 +279,16 @@ def test_cached_positions_give_the_same_logits():
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(byte_ids), rtol=1e-5, atol=1e-5)
 
 
+def test_cache_keeps_the_last_positions_only():
+    cache = KeyValueCache(4)
+    cache.append(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8))
+    for i in range(1, 6):
+        keys, values = cache.append(torch.full((1, 2, 1, 8), i), torch.full((1, 2, 1, 8), -i))
+    assert keys[0, 0, :, 0].tolist() == [2, 3, 4, 5]
+    assert values[0, 1, :, 7].tolist() == [-2, -3, -4, -5]
+    assert cache.num_seen == 8
+
+
 def test_embedding_is_tied_and_experts_take_the_place_of_the_mlp():
     model = LanguageModel(TINY_MODEL)
     names = dict(model.named_parameters())
@@ -378,6 +388,8 @@ def test_previous_checkpoint_survives_a_failed_save(tmp_path, monkeypatch, faili
     with pytest.raises(type(error), match=expected):
         save_checkpoint(tmp_path, model, optimizer, 5)
     assert not list(tmp_path.glob("*.partial"))
+    if isinstance(error, OSError):  # a full disk is not filled further with a half that no one will read
+        assert [path.name for path in tmp_path.glob("training-state-*")] == ["training-state-00000003.safetensors"]
     other, other_optimizer = build()
     assert load_checkpoint(tmp_path, other, other_optimizer) == 3
     assert_same_bits(saved, other.state_dict())
@@ -604,6 +616,15 @@ def test_evaluation_looks_at_the_heldout_text_only(tmp_path, config):
     assert set(drawn.flatten().tolist()) == {ord("a")}
 
 
+def test_evaluation_leaves_no_trace_in_the_model(tmp_path, config):
+    trainer = Trainer(start_run(config, tmp_path / "run"), lambda row: None)
+    trainer.train_step()
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    assert trainer.evaluate() == trainer.evaluate()
+    assert_same_bits(trainer.model.state_dict(), before)
+    assert trainer.model.training
+
+
 def test_usage_is_counted_on_the_heldout_text(tmp_path, config):
     trainer = Trainer(start_run(config, tmp_path / "run"), lambda row: None)
     trainer.train_step()
@@ -730,6 +751,8 @@ def test_temperature_zero_takes_the_likeliest_byte():
         text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
     assert list(generate_bytes(model, b"def ", 6, temperature=0)) == text[4:]
     assert list(generate_bytes(model, b"def ", 6, top_k=1)) == text[4:]
+    assert list(generate_bytes(model, b"def ", 6, temperature=1e-6)) == text[4:]
+    assert list(generate_bytes(model, b"def ", 6, temperature=2.0)) != text[4:]
 
 
 def test_prompts_of_any_length():
