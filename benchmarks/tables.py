@@ -170,9 +170,10 @@ def render_table(name: str, rows: Sequence[Row], language: str, root: Path, path
             return words["none"] + "\n"
         up = "../" * len(path.relative_to(root).parent.parts)
         return f"![{words['loss curve']}]({up}{LOSS_CURVE.as_posix()})\n"
-    if name != "training" and not re.fullmatch(r"(gpu|cpu) \w+", name):
+    if name != "training" and not re.fullmatch(r"(gpu|cpu) \w+(: .+)?", name):
         raise ValueError(f"{path.name}: expected the table training, loss curve, gpu OP or cpu OP; got {name!r}")
-    chosen = [row for row in rows if table_of(row) == name]
+    table, _, sizes = name.partition(": ")  # "gpu FlashMoE: T 4096" is the cases that begin so
+    chosen = [row for row in rows if table_of(row) == table and (not sizes or row["case"].startswith(f"{sizes}, "))]
     if not chosen:
         return words["none"] + "\n"
     return training_table(chosen, words) if name == "training" else timing_tables(chosen, words, language)
