@@ -161,7 +161,7 @@ def assert_close(actual, expected, bound):
 
 
 def assert_rounds_as_well_as(low, exact, actual):
-    """Every error at most twice that of ``low`` and half an eps, in norm; 4 eps in float32, as in ``flash_moe.testing``.
+    """Every error at most twice that of ``low`` and half an eps (4 in float32, as ``flash_moe.testing`` has it).
 
     Twice, not the quarter more that an op is allowed: one logit rounded otherwise moves whole rows of the gradients.
     """
