@@ -5,6 +5,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,17 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Triton reads this when it is imported, so it stands before any import of flash_moe or triton.
     os.environ["TRITON_INTERPRET"] = "1"
+HAS_TRITON = find_spec("triton") is not None
 # Small tensors everywhere: on a large host the hand-out to a hundred threads would cost more than the work.
 torch.set_num_threads(min(torch.get_num_threads(), 4))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not HAS_GPU:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    for item in items:
+        if not HAS_GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if not HAS_TRITON and getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton":
+            item.add_marker(pytest.mark.skip(reason="needs triton, which there is for Linux only"))
 
 
 @pytest.fixture(scope="session")
