@@ -13,7 +13,7 @@ class Backend(str, Enum):
     REFERENCE = "reference"
 
 
-def resolve_backend(requested: str, tensor: Tensor) -> Backend:
+def resolve_backend(requested: object, tensor: Tensor) -> Backend:
     """The backend for ``requested``: "auto" is triton for CUDA tensors, else torch.
 
     Raises:
@@ -21,7 +21,7 @@ def resolve_backend(requested: str, tensor: Tensor) -> Backend:
     """
     if requested == "auto":
         requested = "triton" if tensor.is_cuda else "torch"
-    if requested not in _NAMES:
+    if not isinstance(requested, str) or requested not in _NAMES:
         raise ValueError(f"backend: expected one of auto, {', '.join(_NAMES)}; got {requested!r}")
     backend = _NAMES[requested]
     if backend is Backend.TRITON and (reason := why_not_triton(tensor.device.type)):

@@ -11,8 +11,14 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_PAIRS = 2**31 - 1
 
 
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor; got {type(value).__name__}")
+
+
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], legend: str) -> None:
     """``expected`` has ``None`` where any size will do; ``legend`` names the dimensions, "[T, H]" say."""
+    check_tensor(name, tensor)
     if tensor.dim() != len(expected):
         raise ValueError(f"{name}: expected {len(expected)} dimensions {legend}; got shape {tuple(tensor.shape)}")
     for size, want in zip(tensor.shape, expected, strict=True):
@@ -60,10 +66,10 @@ def check_coefficient(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a finite number, 0 or more; got {value!r}")
 
 
-def check_pairs(num_tokens: int, num_experts_per_tok: int) -> None:
+def check_pairs(name: str, num_tokens: int, num_experts_per_tok: int) -> None:
     if num_tokens * num_experts_per_tok > MAX_PAIRS:
         raise ValueError(
-            f"indices: expected at most {MAX_PAIRS} (token, expert) pairs; "
+            f"{name}: expected at most {MAX_PAIRS} (token, expert) pairs; "
             f"got {num_tokens} tokens x {num_experts_per_tok} experts; split the batch"
         )
 

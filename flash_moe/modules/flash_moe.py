@@ -20,6 +20,7 @@ from flash_moe._checks import (
     check_int,
     check_same_device,
     check_shape,
+    check_tensor,
     float_dtypes,
 )
 from flash_moe.modules.expert_usage import ExpertUsage, count_experts, summarize_usage
@@ -187,15 +188,20 @@ class FlashMoE(nn.Module):
 
     def _check_input(self, hidden_states: Tensor) -> Tensor:
         H = self.config.hidden_size
+        check_tensor("hidden_states", hidden_states)
         if hidden_states.dim() < 2 or hidden_states.shape[-1] != H:
             raise ValueError(
                 f"hidden_states: expected shape [..., {H}], 2 or more dimensions; got {tuple(hidden_states.shape)}"
             )
-        weight = self.router_gate.weight
-        check_same_device(hidden_states=hidden_states, router_gate=weight)
-        if not torch.is_autocast_enabled(hidden_states.device.type):
-            check_dtype("hidden_states", hidden_states, (weight.dtype,))
+        check_same_device(hidden_states=hidden_states, router_gate=self.router_gate.weight)
+        is_autocast = torch.is_autocast_enabled(hidden_states.device.type)
+        if not is_autocast:
+            check_dtype("hidden_states", hidden_states, (self.router_gate.weight.dtype,))
         check_dtype("hidden_states", hidden_states, float_dtypes(self.config.backend))
+        # All of them now: an op would notice too, but only after the norm's statistics have moved.
+        for name, parameter in self.named_parameters():
+            check_same_device(**{"hidden_states": hidden_states, name: parameter})
+            check_dtype(name, parameter, float_dtypes(self.config.backend) if is_autocast else (hidden_states.dtype,))
         if self.training and self.config.router_norm == "batch" and hidden_states.numel() == H:
             raise ValueError(
                 "hidden_states: expected 2 or more tokens, since BatchNorm cannot train on one; got 1; "

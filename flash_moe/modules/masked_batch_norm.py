@@ -24,10 +24,11 @@ def masked_batch_norm(x: Tensor, token_mask: Tensor, norm: nn.BatchNorm1d) -> Te
 
 @torch.no_grad()
 def _update_running(norm: nn.BatchNorm1d, mean: Tensor, unbiased_variance: Tensor, num_tokens: Tensor) -> None:
-    # A batch that is all padding leaves the statistics as they are.
+    # A batch that is all padding leaves the statistics as they are, and so does a single token, which has no variance:
+    # to raise, as without a mask, would need the host to wait for the count.
     momentum = cast(float, norm.momentum)
-    has_tokens = num_tokens > 0
+    has_variance = num_tokens > 1
     for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased_variance)):
         running = cast(Tensor, running)
-        running += momentum * torch.where(has_tokens, batch - running, 0.0)
-    cast(Tensor, norm.num_batches_tracked).add_(has_tokens.to(torch.int64))
+        running += momentum * torch.where(has_variance, batch - running, 0.0)
+    cast(Tensor, norm.num_batches_tracked).add_(has_variance.to(torch.int64))

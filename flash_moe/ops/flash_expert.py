@@ -80,7 +80,7 @@ def flash_expert(
     check_dtype("down_weights", down_weights, (hidden_states.dtype,))
     check_dtype("up_weights", up_weights, (hidden_states.dtype,))
     check_dtype("routing_weights", routing_weights, (hidden_states.dtype, torch.float32))
-    check_pairs(T, indices.shape[1])
+    check_pairs("indices", T, indices.shape[1])
     if chosen is Backend.REFERENCE:
         _check_ids(indices, down_weights.shape[0])
         return expert_reference(hidden_states, down_weights, up_weights, indices, routing_weights, hidden_act)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flash_moe._activations import check_activation
 from flash_moe._backend import Backend, resolve_backend
-from flash_moe._checks import check_dtype, check_same_device, check_shape, float_dtypes
+from flash_moe._checks import check_dtype, check_same_device, check_shape, check_tensor, float_dtypes
 from flash_moe.ops._reference.mlp import gated_activation_reference
 from flash_moe.ops._register import register_op
 
@@ -39,6 +39,7 @@ def flash_mlp(
     Source: GLU variants, arXiv:2002.05202.
     """
     check_activation(hidden_act)
+    check_tensor("hidden_states", hidden_states)
     if hidden_states.dim() == 0:
         raise ValueError("hidden_states: expected at least 1 dimension [..., H]; got a scalar")
     check_shape("gate_proj", gate_proj, (None, hidden_states.shape[-1]), "[I, H]")
@@ -47,9 +48,10 @@ def flash_mlp(
     check_same_device(hidden_states=hidden_states, gate_proj=gate_proj, up_proj=up_proj, down_proj=down_proj)
     chosen = resolve_backend(backend, hidden_states)
     check_dtype("hidden_states", hidden_states, float_dtypes(backend))
-    if not torch.is_autocast_enabled(hidden_states.device.type):
-        for name, weight in (("gate_proj", gate_proj), ("up_proj", up_proj), ("down_proj", down_proj)):
-            check_dtype(name, weight, (hidden_states.dtype,))
+    is_autocast = torch.is_autocast_enabled(hidden_states.device.type)
+    weight_dtypes = float_dtypes(backend) if is_autocast else (hidden_states.dtype,)
+    for name, weight in (("gate_proj", gate_proj), ("up_proj", up_proj), ("down_proj", down_proj)):
+        check_dtype(name, weight, weight_dtypes)
     gate, up = F.linear(hidden_states, gate_proj), F.linear(hidden_states, up_proj)
     if chosen is Backend.TRITON:
         activated = torch.ops.flash_moe.gated_activation(gate, up, hidden_act)

@@ -46,10 +46,10 @@ def flash_router(
     check_int("num_experts_per_tok", num_experts_per_tok, 1, num_expert_keys**2)
     check_shape("router_logits", router_logits, (2, None, num_expert_keys), "[2, T, N]")
     check_dtype("router_logits", router_logits, float_dtypes(backend))
+    check_pairs("router_logits", router_logits.shape[1], num_experts_per_tok)
     chosen = resolve_backend(backend, router_logits)
     if chosen is Backend.REFERENCE:
         return router_reference(router_logits, num_expert_keys, num_experts_per_tok)
-    check_pairs(router_logits.shape[1], num_experts_per_tok)
     scores, indices = torch.ops.flash_moe.flash_router(router_logits.contiguous(), num_experts_per_tok, chosen.value)
     return scores, indices
 
