@@ -479,6 +479,27 @@ def test_float64_is_for_the_reference_backend_and_refused_before_anything_is_wri
     assert_same_bits(layer.state_dict(), before)
 
 
+@pytest.mark.parametrize("name", ["gate_proj", "down_proj", "router_gate", "down_embed", "up_embed"])
+@pytest.mark.parametrize("change", [torch.Tensor.bfloat16, lambda x: x.to("meta")], ids=["dtype", "device"])
+def test_a_parameter_out_of_line_is_refused_before_anything_is_written(name, change):
+    layer = make_layer(track_expert_usage=True)
+    module = layer.get_submodule(name)
+    module.weight = torch.nn.Parameter(change(module.weight.detach()))
+    statistics = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    with pytest.raises((TypeError, ValueError), match=f"{name}(.weight)?: expected|expected dtype torch.bfloat16"):
+        layer(torch.zeros(4, 12))
+    assert_same_bits(dict(layer.named_buffers()), statistics)
+
+
+def test_one_token_amid_padding_has_no_variance():
+    """Without a mask it raises; with one, only a device could tell, and the statistics stay as they are."""
+    layer = make_layer()
+    before = copy.deepcopy(layer.state_dict())
+    y, _ = layer(torch.randn(1, 4, 12), torch.tensor([[1, 0, 0, 0]]))
+    assert y.isfinite().all()
+    assert_same_bits(layer.state_dict(), before)
+
+
 @pytest.mark.parametrize(
     "mask, message",
     [

@@ -12,6 +12,7 @@ from flash_moe.testing import (
     poison_memory,
     run_rounded_once,
     run_with_grads,
+    surround_with_nan,
     to_float64,
 )
 
@@ -76,6 +77,29 @@ def test_non_contiguous_inputs(backend, device):
     actual = run_with_grads(flash_mlp, strided, dout.expand(6, 16), backend=backend)
     for name, x, want_x in zip(NAMES, actual, want, strict=True):
         torch.testing.assert_close(x, want_x, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("wanted", range(4), ids=ARGUMENTS)
+def test_only_one_input_requires_a_gradient(wanted, backend, device):
+    inputs, dout = make_mlp_inputs(6, 16, 24, torch.float32, device)
+    want = run_with_grads(flash_mlp, inputs, dout, backend=backend)[1 + wanted]
+    leaves = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
+    flash_mlp(*leaves, backend=backend).backward(dout)
+    assert torch.equal(leaves[wanted].grad, want)
+    assert all(x.grad is None for i, x in enumerate(leaves) if i != wanted)
+
+
+def test_fused_activation_reads_nothing_outside_its_inputs(device):
+    gate, up, dout = torch.randn(3, 7, 431, generator=torch.Generator(device).manual_seed(0), device=device)
+
+    def fused(gate, up):
+        return torch.ops.flash_moe.gated_activation(gate, up, "silu")
+
+    want = run_with_grads(fused, (gate, up), dout)
+    surrounded = (surround_with_nan(gate), surround_with_nan(up))
+    for x, want_x in zip(run_with_grads(fused, surrounded, surround_with_nan(dout)), want, strict=True):
+        assert torch.equal(x, want_x)
 
 
 def spoiled(argument, change):

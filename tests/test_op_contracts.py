@@ -1,5 +1,6 @@
 """What every op promises alike: registration, compilation, autocast, memory, repeatability, graphs, no waiting."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 
 from flash_moe.ops._reference.expert import expert_reference
 from flash_moe.ops._reference.mlp import mlp_reference
@@ -111,10 +113,12 @@ def test_compiles_whole_for_any_number_of_tokens(op, backend, compiler, device):
     compiled = torch.compile(
         lambda *args: function(*args, backend=backend), fullgraph=True, backend=compiler, dynamic=True
     )
-    for T in (4, 7, 5):
+    for T, stance in ((4, "default"), (7, "fail_on_recompile"), (5, "fail_on_recompile")):
         inputs, dout = make_inputs(op, device, T=T)
         want = run_with_grads(function, inputs, dout, backend=backend)
-        for x, want_x in zip(run_with_grads(compiled, inputs, dout), want, strict=True):
+        with torch.compiler.set_stance(stance):
+            actual = run_with_grads(compiled, inputs, dout)
+        for x, want_x in zip(actual, want, strict=True):
             torch.testing.assert_close(x, want_x)
 
 
@@ -122,12 +126,12 @@ def test_compiles_whole_for_any_number_of_tokens(op, backend, compiler, device):
 def test_autocast_casts_states_and_tables_but_not_routing_weights(backend, device):
     inputs, dout = make_inputs("expert", device)
     states_and_tables = [x.bfloat16() for x in inputs[:3]]
-    want = flash_expert(*states_and_tables, *inputs[3:], backend=backend)
+    want = run_with_grads(flash_expert, (*states_and_tables, *inputs[3:]), dout.bfloat16(), backend=backend)
     with torch.autocast(device.type, torch.bfloat16):
-        out, *grads = run_with_grads(flash_expert, inputs, dout.bfloat16(), backend=backend)
-    assert torch.equal(out, want)
-    assert out.dtype == torch.bfloat16
-    assert [grad.dtype for grad in grads] == [torch.float32] * 4
+        actual = run_with_grads(flash_expert, inputs, dout.bfloat16(), backend=backend)
+    assert actual[0].dtype == want[0].dtype == torch.bfloat16
+    assert [grad.dtype for grad in actual[1:]] == [torch.float32] * 4
+    assert_same_bits(actual, [want[0], *(grad.float() for grad in want[1:])])
 
 
 @both_backends
@@ -140,10 +144,11 @@ def test_autocast_leaves_the_router_alone(backend, device):
 
 @both_backends
 def test_autocast_runs_the_mlp_in_its_dtype(backend, device):
-    inputs, _ = make_inputs("mlp", device)
+    inputs, dout = make_inputs("mlp", device)
     with torch.autocast(device.type, torch.bfloat16):
-        out = flash_mlp(*inputs, backend=backend)
+        out, *grads = run_with_grads(flash_mlp, inputs, dout.bfloat16(), backend=backend)
     assert torch.equal(out, flash_mlp(*(x.bfloat16() for x in inputs), backend=backend))
+    assert [grad.dtype for grad in grads] == [torch.float32] * 4
 
 
 @both_backends
@@ -162,6 +167,58 @@ def test_everything_promised_is_written_and_nothing_else(op, backend, device):
     want = run_with_grads(FUNCTIONS[op], inputs, dout, backend=backend)
     with poison_memory():
         assert_same_bits(run_with_grads(FUNCTIONS[op], inputs, dout, backend=backend), want)
+
+
+@both_backends
+@every_op
+def test_upstream_gradients_of_any_layout(op, backend, device):
+    """``sum().backward()`` sends an expanded scalar, a transposed consumer a transposed gradient."""
+    inputs, dout = make_inputs(op, device)
+    leaves = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+    wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
+    scale = torch.rand(dout.shape[::-1], device=device)
+    for loss, same in ((torch.sum, torch.ones_like(dout)), (lambda x: (x.t() * scale).sum(), scale.t().contiguous())):
+        out, want_out = (FUNCTIONS[op](*leaves, backend=backend) for _ in range(2))
+        out, want_out = (x[0] if op == "router" else x for x in (out, want_out))
+        assert_same_bits(torch.autograd.grad(loss(out), wanted), torch.autograd.grad(want_out, wanted, same))
+
+
+@both_backends
+@every_op
+def test_activation_checkpointing_changes_nothing(op, backend, device):
+    inputs, dout = make_inputs(op, device)
+    want = run_with_grads(FUNCTIONS[op], inputs, dout, backend=backend)
+
+    def checkpointed(*arguments):
+        return checkpoint(FUNCTIONS[op], *arguments, use_reentrant=False, backend=backend)
+
+    assert_same_bits(run_with_grads(checkpointed, inputs, dout), want)
+
+
+@every_op
+def test_auto_is_triton_on_a_gpu_else_torch(op, device, monkeypatch):
+    """Told apart by what runs: the backend that is not meant is made unusable."""
+    inputs, dout = make_inputs(op, device)
+    meant, other = ("triton", "torch") if device.type == "cuda" else ("torch", "triton")
+    want = run_with_grads(FUNCTIONS[op], inputs, dout, backend=meant)
+    assert importlib.util.find_spec(f"flash_moe.ops._{other}")
+    for name in [name for name in sys.modules if name.startswith(f"flash_moe.ops._{other}")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, f"flash_moe.ops._{other}", None)
+    assert_same_bits(run_with_grads(FUNCTIONS[op], inputs, dout, backend="auto"), want)
+
+
+@both_backends
+def test_at_most_two_to_the_31_less_one_pairs(backend, device):
+    """Tensors of one element, seen 2^31 times through strides of zero: refused before anything is allocated."""
+    zero = torch.zeros(1, 1, device=device)
+    with pytest.raises(ValueError, match=r"2147483647 .*2147483648 tokens x 1 "):
+        flash_router(zero.expand(2, 2**31, 1), 1, 1, backend=backend)
+    with pytest.raises(ValueError, match=r"2147483647 .*1048576 tokens x 2048 "):
+        flash_router(zero.expand(2, 2**20, 64), 64, 2048, backend=backend)
+    ids, weights = zero.long().expand(2**20, 2048), zero.expand(2**20, 2048)
+    with pytest.raises(ValueError, match=r"2147483647 .*1048576 tokens x 2048 "):
+        flash_expert(zero.expand(2**20, 1), zero, zero, ids, weights, backend=backend)
 
 
 def run_python(code, **environment):

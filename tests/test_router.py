@@ -268,6 +268,20 @@ def test_reads_nothing_outside_its_input(backend, device):
     assert torch.equal(actual[1], want[1])
 
 
+@both_backends
+def test_non_contiguous_logits_give_the_same_bits(backend, device):
+    """As the layer makes them, ``[T, 2, N]`` transposed; and one token seen T times through a stride of zero."""
+    (logits, N, K), dscores = make_router_inputs(3, 5, 11, torch.float32, device)
+    transposed = logits.transpose(0, 1).contiguous().transpose(0, 1)
+    expanded = logits[:, :1].expand(-1, 3, -1)
+    for strided, same in ((transposed, logits), (expanded, expanded.clone())):
+        assert not strided.is_contiguous()
+        want = run_with_grads(flash_router, (same, N, K), dscores, backend=backend)
+        actual = run_with_grads(flash_router, (strided, N, K), dscores, backend=backend)
+        assert torch.equal(actual[0], want[0])
+        assert torch.equal(actual[1], want[1])
+
+
 def test_never_materialises_all_sums_on_a_cpu():
     """N = 20,000: the sums of one token alone would be 1.6 GB."""
     logits = torch.randn(2, 4, 20_000, generator=torch.Generator().manual_seed(6)).requires_grad_()

@@ -680,6 +680,41 @@ def test_a_run_is_never_overwritten(tmp_path, config):
         start_run(config, tmp_path / "run")
 
 
+def test_a_folder_with_anything_in_it_is_left_alone(tmp_path, config):
+    mine = tmp_path / "data" / "train.bin"
+    mine.parent.mkdir()
+    mine.write_text("not a corpus")
+    with pytest.raises(ValueError, match=r"run: expected a new or empty folder; .* holds something else"):
+        start_run(config, tmp_path)
+    assert mine.read_text() == "not a corpus"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_half_a_corpus_is_not_left_behind(tmp_path, config, monkeypatch, error):
+    def fail_half_way(data, folder, min_bytes):
+        folder.mkdir(parents=True)
+        (folder / "train.bin").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(loop_module, "build_corpus", fail_half_way)
+    with pytest.raises(type(error), match="nothing of it is left there" if isinstance(error, OSError) else None):
+        start_run(config, tmp_path / "run")
+    assert not any((tmp_path / "run").iterdir())
+    monkeypatch.undo()
+    start_run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "device, name, limit, seconds", [("cpu", "cpu", 3.0, 240), ("gpu", "gpu", 1.5, 300)], ids=["cpu", "gpu"]
+)
+def test_committed_rows_are_of_the_presets_and_reach_their_figures(device, name, limit, seconds):
+    rows = read_json_lines(Path(__file__).parents[1] / "benchmarks/results/train.jsonl")
+    row = [row for row in rows if ("compute capability" in row["device"]) == (device == "gpu")][-1]
+    assert row["train"] == preset(name).to_json()
+    assert row["heldout_bits_per_byte"] < limit
+    assert row["train_seconds"] < seconds
+
+
 def test_folders_without_a_readable_run(tmp_path, config):
     with pytest.raises(
         ValueError, match=r"run: expected a folder made by flash-moe train; .*config\.json does not exist"

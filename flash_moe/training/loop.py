@@ -7,6 +7,7 @@ to the bit.
 
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -51,15 +52,25 @@ def start_run(config: TrainConfig, run: str | Path) -> Path:
     """Make a run folder: its corpus and its ``config.json``, which is written last.
 
     Raises:
-        ValueError: the folder holds a run already, the data path is missing, or the corpus is empty or too small.
+        ValueError: the folder holds a run or anything else, the data path is missing, or the corpus is empty or too
+            small.
+        OSError: the corpus or its record could not be written, on a full disk say; nothing of it is left behind.
     """
     run = Path(run)
     choose_device(config.device)
     if (run / CONFIG_FILE).exists():
         raise ValueError(f"run: expected a new folder; {run} holds a run already (continue it with --resume {run})")
-    corpus = build_corpus(config.data, run / DATA_FOLDER, min_bytes=config.model.context_length + 1)
-    content = {"train": config.to_json(), "corpus": asdict(corpus), "environment": describe_environment()}
-    write_json(run / CONFIG_FILE, content)
+    if run.exists() and not (run.is_dir() and not any(run.iterdir())):
+        raise ValueError(f"run: expected a new or empty folder; {run} holds something else")
+    try:
+        corpus = build_corpus(config.data, run / DATA_FOLDER, min_bytes=config.model.context_length + 1)
+        content = {"train": config.to_json(), "corpus": asdict(corpus), "environment": describe_environment()}
+        write_json(run / CONFIG_FILE, content)
+    except BaseException as error:  # Ctrl-C too: a corpus may be large, and half of one is of no use
+        shutil.rmtree(run / DATA_FOLDER, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(f"cannot write the corpus of the run {run} ({error}); nothing of it is left there") from error
+        raise
     return run
 
 
@@ -70,7 +81,7 @@ def read_config(run: str | Path) -> TrainConfig:
         raise ValueError(f"run: expected a folder made by flash-moe train; {path} does not exist")
     try:
         return TrainConfig.from_json(json.loads(path.read_text(encoding="utf-8"))["train"])
-    except (json.JSONDecodeError, KeyError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"run: expected a config.json with the settings of a run; {path} is damaged ({error})"
         ) from error
