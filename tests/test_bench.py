@@ -495,7 +495,9 @@ def test_a_broken_file_of_rows_is_named(tmp_path):
 def test_small_cases_on_a_gpu(op):
     names = ("triton", "torch", "reference", "pytorch_smart")
     rows = list(run_bench(Request([op], "small", names, seconds=0.02, commit="abc")))
-    assert not [row for row in rows if isinstance(row, Refusal)]
+    refusals = [row for row in rows if isinstance(row, Refusal)]
+    assert not [refusal for refusal in refusals if refusal.is_failure or refusal.backend != "pytorch_smart"]
+    rows = [row for row in rows if not isinstance(row, Refusal)]
     graphs = {(row["backend"], row["pass"]) for row in rows if row["launch"] == "graph"}
     assert ("triton", FORWARD) in graphs
     assert ("triton", BOTH if op == "layer" else BACKWARD) in graphs

@@ -180,7 +180,11 @@ def test_upstream_gradients_of_any_layout(op, backend, device):
     for loss, same in ((torch.sum, torch.ones_like(dout)), (lambda x: (x.t() * scale).sum(), scale.t().contiguous())):
         out, want_out = (FUNCTIONS[op](*leaves, backend=backend) for _ in range(2))
         out, want_out = (x[0] if op == "router" else x for x in (out, want_out))
-        assert_same_bits(torch.autograd.grad(loss(out), wanted), torch.autograd.grad(want_out, wanted, same))
+        grads, want = torch.autograd.grad(loss(out), wanted), torch.autograd.grad(want_out, wanted, same)
+        if op == "mlp":  # its products are torch's, which may take another kernel for another layout
+            torch.testing.assert_close(grads, want)
+        else:
+            assert_same_bits(grads, want)
 
 
 @both_backends
