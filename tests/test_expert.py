@@ -208,7 +208,7 @@ def test_every_token_on_one_expert(expert, dtype, backend, device):
 
 @both_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("counts", [[0, 512], [513], [700, 0], [1, 1100], [513, 1, 0, 700, 2]], ids=str)
+@pytest.mark.parametrize("counts", [[128], [513], [0, 700], [1100, 1], [127, 1, 0, 513, 129, 64, 63, 256]], ids=str)
 def test_hundreds_of_pairs_on_one_expert(counts, dtype, backend, device):
     """``counts[e]`` pairs on expert e, dealt to the tokens at random."""
     P = sum(counts)
@@ -217,6 +217,14 @@ def test_hundreds_of_pairs_on_one_expert(counts, dtype, backend, device):
     ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     ids = ids[torch.randperm(P, generator=torch.Generator().manual_seed(0))]
     assert_accurate(with_indices(inputs, ids.view(T, P // T)), dout, backend)
+
+
+@every_dtype
+def test_dots_in_column_slices(dtype, device, monkeypatch):
+    """What a table beyond the L2 cache gets, here of a table of any size; the last slice is a ragged one."""
+    kernels = pytest.importorskip("flash_moe.ops._triton.expert")
+    monkeypatch.setattr(kernels, "_slice_width", lambda table, num_pairs: kernels.SLICE)
+    assert_accurate(*make_expert_inputs(3, 2 * kernels.SLICE + 37, 7, 40, dtype, device), "triton")
 
 
 @both_backends
@@ -456,7 +464,11 @@ def assert_samples_accurate(inputs: Inputs, dout: Tensor, num_samples: int = 8) 
 
 @pytest.mark.gpu
 @every_dtype
-@pytest.mark.parametrize("T, H, E, K", [(4096, 1024, 16384, 64), (1024, 1024, 4096, 32), (777, 2048, 1000, 9)], ids=str)
+@pytest.mark.parametrize(
+    "T, H, E, K",
+    [(4096, 1024, 16384, 64), (1024, 1024, 4096, 32), (777, 2048, 1000, 9), (512, 1100, 40_000, 96)],
+    ids=str,
+)
 def test_realistic_sizes(T, H, E, K, dtype, device):
     assert_accurate(*make_expert_inputs(T, H, E, K, dtype, device), "triton")
 
@@ -464,9 +476,10 @@ def test_realistic_sizes(T, H, E, K, dtype, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.02])
-def test_a_hot_expert(share, dtype, device):
+@pytest.mark.parametrize("H", [1024, 2500])
+def test_a_hot_expert(H, share, dtype, device):
     """Up to 131,072 pairs on one expert, the rest uniform."""
-    inputs, dout = make_expert_inputs(2048, 1024, 1024, 64, dtype, device)
+    inputs, dout = make_expert_inputs(2048, H, 1024, 64, dtype, device)
     hot = torch.rand(2048, 64, generator=torch.Generator(device).manual_seed(2), device=device) < share
     assert_accurate(with_indices(inputs, inputs[3].masked_fill(hot, 7)), dout, "triton")
 
