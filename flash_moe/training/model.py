@@ -30,7 +30,7 @@ class LanguageModelConfig:
     router_norm: Literal["batch", "rms", "none"] = "batch"
     router_aux_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
-    context_length: int = 256
+    context_length: int = 128
     rope_theta: float = 10_000.0
 
     def __post_init__(self) -> None:

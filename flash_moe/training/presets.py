@@ -21,21 +21,21 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     """"auto" is the GPU where there is one; there the model runs under bfloat16 autocast."""
-    num_steps: int = 400
-    batch_size: int = 8
+    num_steps: int = 600
+    batch_size: int = 16
     """Sequences of ``model.context_length`` bytes in a step."""
     learning_rate: float = 6e-3
-    expert_learning_rate: float = 1e-2
+    expert_learning_rate: float = 3e-3
     """Of the two expert tables of every layer."""
     weight_decay: float = 0.1
     """Of the matrices; not of the expert tables, the embedding and the norms."""
-    warmup_steps: int = 20
+    warmup_steps: int = 60
     gradient_clip: float = 1.0
-    eval_every: int = 100
+    eval_every: int = 150
     """Steps between looks at the held-out text; there is one at the end in any case."""
-    eval_windows: int = 256
+    eval_windows: int = 512
     """Windows of ``model.context_length`` bytes, spread evenly over the held-out text."""
-    save_every: int = 100
+    save_every: int = 150
     log_every: int = 1
 
     def __post_init__(self) -> None:
