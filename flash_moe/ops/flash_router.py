@@ -32,7 +32,8 @@ def flash_router(
     Args:
         router_logits: ``[2, T, N]``, float32, float16 or bfloat16; row scores, then column scores.
         num_expert_keys: N, at least 1.
-        num_experts_per_tok: K, from 1 to N * N. Above 4,096 Triton gives way to a sort-based path on the same device.
+        num_experts_per_tok: K, from 1 to N * N. With K above 4,096, or N above 65,535, Triton gives way to a sort-based
+            path on the same device.
         backend: "auto" (triton for CUDA tensors, else torch), "triton", "torch" or "reference".
     Returns:
         ``scores [T, K]`` in ``router_logits.dtype``, differentiable, and ``indices [T, K]``, int64, i * N + j.
