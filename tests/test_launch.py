@@ -1,11 +1,17 @@
-"""Launch tables: what a look-up finds, what a bad table is told, and that every shipped config computes the same."""
+"""Launch tables: what a look-up finds, how tuning writes them, and that every shipped config computes the same."""
 
 import json
+import sys
 import timeit
 
 import pytest
 import torch
 
+from flash_moe import cli
+from flash_moe._backend import why_not_triton
+from flash_moe.bench import competitors, tune
+from flash_moe.bench.tune import TUNABLES, Tunable, Tuned
+from flash_moe.bench.work import FORWARD
 from flash_moe.ops._triton import launch
 from flash_moe.ops._triton.launch import launch_config, read_table, table_name, use_config
 
@@ -150,7 +156,209 @@ def test_missing_tables_and_kernels_are_named(folder):
 # The shipped tables
 
 
-def test_shipped_tables_can_be_read():
-    tables = {path.stem: read_table(path) for path in launch.FOLDER.glob("*.json")}
-    for table in tables.values():
-        assert set(table) <= set(tables["default"]), "a kernel without a safe config"
+def shipped_tables():
+    return {path.stem: read_table(path) for path in sorted(launch.FOLDER.glob("*.json"))}
+
+
+def test_every_tunable_kernel_has_a_safe_config_with_the_same_parameters():
+    tables = shipped_tables()
+    assert set(tables["default"]) == set(TUNABLES)
+    for kernel, tunable in TUNABLES.items():
+        parameters = {frozenset(config) for config in tunable.candidates}
+        for table in tables.values():
+            for entry in table.get(kernel, ()):
+                assert len(entry.sizes) == len(tunable.letters)
+                assert {frozenset(entry.config)} == parameters
+
+
+def test_shipped_tables_are_written_as_tuning_writes_them():
+    for path in launch.FOLDER.glob("*.json"):
+        data = json.loads(path.read_text())
+        assert tune.format_table(data) == path.read_text(), path.name
+        assert path.stem in ("default", table_name(data["gpu"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", TUNABLES)
+def test_every_shipped_config_computes_the_same(kernel, dtype, device):
+    if reason := why_not_triton(device.type):
+        pytest.skip(reason)
+    configs = {tuple(entry.config.items()) for table in shipped_tables().values() for entry in table.get(kernel, ())}
+    for case in TUNABLES[kernel].tiny:
+        bound = tune.bind(kernel, case, dtype, device)
+        if not tune.sizes_of(kernel, bound):
+            pytest.skip("its launcher does not look up yet")
+        expected = bound.results(TUNABLES[kernel].which)
+        for config in configs:
+            tune.require_same(expected, tune.run_with_config(kernel, dict(config), bound))
+
+
+# Tuning
+
+
+class FakeTimer:
+    """A config takes as many microseconds as it says; ``calls`` counts."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def time_graph(self, prepare):
+        self.calls += 1
+        (call,) = (each() for each in prepare)
+        call()
+        return [float(launch_config("fake", CPU, (3,))["TIME"])] * 5, None
+
+    def free(self):
+        pass
+
+
+class RunsTwice(torch.autograd.Function):
+    """Another last bit at each call."""
+
+    count = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        RunsTwice.count += 1
+        return x * (1 + RunsTwice.count * 2.0**-23)
+
+
+FAULTS = ["none", "2 %", "unwritten", "raises", "other bits", "shape"]
+
+
+def fake_mlp(x, gate, up, down, backend):
+    """An op whose launcher looks up the kernel "fake"; parameter FAULT says what is wrong with its result."""
+    config = launch_config("fake", x.device, (len(x),))
+    out = x * config["SCALE"] / config["SCALE"]
+    fault = FAULTS[config["FAULT"]]
+    if fault == "2 %":
+        return out * 1.02
+    if fault == "unwritten":
+        partial = torch.empty_like(out)
+        partial[1:] = out[1:]
+        return partial
+    if fault == "raises":
+        raise RuntimeError("out of resource\nand more lines")
+    if fault == "other bits":
+        return RunsTwice.apply(out)
+    return out[:, :-1] if fault == "shape" else out
+
+
+@pytest.fixture
+def fake(folder, monkeypatch, device):
+    if reason := why_not_triton(device.type):
+        pytest.skip(reason)
+    times = {"none": 20, "2 %": 1, "unwritten": 2, "raises": 3, "other bits": 4, "shape": 5}
+    candidates = [{"SCALE": 2, "FAULT": FAULTS.index(fault), "TIME": time} for fault, time in times.items()]
+    default = {"SCALE": 1, "FAULT": 0, "TIME": 30}
+    write(folder, "default", fake={(3,): default})
+    tunable = Tunable("mlp", FORWARD, ("T",), (*candidates, default), ((3, 8, 4), (6, 8, 4)), ())
+    monkeypatch.setattr(tune, "TUNABLES", {"fake": tunable})
+    monkeypatch.setitem(competitors.PUBLIC_OPS, "mlp", fake_mlp)
+    return tunable
+
+
+def test_the_fastest_right_config_wins_and_wrong_ones_are_refused(fake, device):
+    timer = FakeTimer()
+    found = tune.tune_kernel("fake", (3, 8, 4), torch.float32, device, timer)
+    assert (found.config, found.time_us, found.default_us) == ({"SCALE": 2, "FAULT": 0, "TIME": 20}, 20.0, 30.0)
+    assert (found.sizes, found.num_timed, timer.calls) == (((3,),), 2, 2)
+    reasons = {FAULTS[config["FAULT"]]: reason for config, reason in found.refused}
+    assert set(reasons) == set(FAULTS[1:])
+    assert reasons["raises"] == "RuntimeError: out of resource"
+    assert "the same bits in every call" in reasons["other bits"]
+    assert "(3, 8); got torch.float32 (3, 7)" in reasons["shape"]
+    for fault in ("2 %", "unwritten"):
+        assert "to rounding" in reasons[fault]
+
+
+def test_the_default_stays_unless_another_is_clearly_faster(fake, device, monkeypatch):
+    close = {"SCALE": 2, "FAULT": 0, "TIME": 30}
+    monkeypatch.setattr(tune, "TUNABLES", {"fake": Tunable("mlp", FORWARD, ("T",), (close,), (), ())})
+    found = tune.tune_kernel("fake", (3, 8, 4), torch.float32, device, FakeTimer())
+    assert found.config["SCALE"] == 1
+
+
+def test_a_kernel_that_is_not_launched_is_left_out(fake, device, monkeypatch):
+    monkeypatch.setitem(competitors.PUBLIC_OPS, "mlp", lambda x, *_, backend: x)
+    assert tune.tune_kernel("fake", (3, 8, 4), torch.float32, device, FakeTimer()) is None
+
+
+def test_roundings_of_16_bits_are_the_same_and_wrong_integers_are_not():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tune.require_same((x,), (x * (1 + 2**-8),))
+    with pytest.raises(ValueError, match="result 1"):
+        tune.require_same((x, x), (x, x.clone().index_fill_(0, torch.tensor([5]), 0.0) if x[5] else x + 1))
+    with pytest.raises(ValueError, match="integers"):
+        tune.require_same((torch.arange(3),), (torch.tensor([0, 2, 1]),))
+
+
+FIELDS = {"gpu": "A GPU 1", "driver": "1", "torch": "2", "triton": "3", "commit": "abc", "date": "today", "cuda": "13"}
+
+
+def test_a_table_keeps_what_was_not_tuned_again_and_is_read_back(tmp_path, fake):
+    path = tmp_path / "tables" / "a_gpu_1.json"
+    config = {"TIME": 2, "SCALE": 1}
+    tune.write_table(path, [Tuned("fake", (3, 8, 4), ((64,), (3,)), config, 12.3456, 20.0, 2, ())], FIELDS)
+    tune.write_table(path, [Tuned("fake", (3, 8, 4), ((3,),), {"TIME": 5}, 1.0, 2.0, 2, ())], FIELDS)
+    assert (
+        path.read_text()
+        == """{
+  "gpu": "A GPU 1",
+  "kernels": {
+    "fake": {
+      "letters": ["T"],
+      "measured": {"commit": "abc", "date": "today", "driver": "1", "torch": "2", "triton": "3"},
+      "entries": [
+        {"sizes": [3], "config": {"TIME": 5}, "time_us": 1.0},
+        {"sizes": [64], "config": {"SCALE": 1, "TIME": 2}, "time_us": 12.35}
+      ]
+    }
+  }
+}
+"""
+    )
+    entries = read_table(path)["fake"]
+    assert [(entry.sizes, dict(entry.config)) for entry in entries] == [((3,), {"TIME": 5}), ((64,), config)]
+    with pytest.raises(ValueError, match="out: expected a table of Another; got one of A GPU 1"):
+        tune.write_table(path, [], {**FIELDS, "gpu": "Another"})
+
+
+def test_what_is_tuned_can_be_chosen(fake):
+    assert tune.find_jobs((), ()) == [("fake", (3, 8, 4)), ("fake", (6, 8, 4))]
+    assert tune.find_jobs(("fake",), ("5x6x7", "small")) == [("fake", (5, 6, 7)), ("fake", (64, 64, 96))]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "tune: expected a CUDA GPU to time the kernels on; got none"),
+        (["dots", "--case", "4x8x16x2"], "tune: expected a CUDA GPU"),
+        (["coffee"], "kernel: expected one of dots, token_sums,"),
+        (["dots", "--case", "4x8"], "case: expected one of anchors, sweep, small, or sizes TxHxExK of expert"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["flash-moe", "tune", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert error.startswith("flash-moe: error: " + message)
+    assert error.count("\n") == 1
+
+
+@pytest.mark.gpu
+def test_a_kernel_is_tuned_on_a_gpu(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(tune, "TUNABLES", {"gated_forward": TUNABLES["gated_forward"]})
+    out = tmp_path / "table.json"
+    options = ["--case", "64x64x96", "--out", str(out), "--seconds", "0.005", "--commit", "abc"]
+    monkeypatch.setattr(sys, "argv", ["flash-moe", "tune", *options])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code, capsys.readouterr()
+    assert "refused" in capsys.readouterr().out
+    (entry,) = read_table(out)["gated_forward"]
+    assert entry.sizes == (64 * 96,)

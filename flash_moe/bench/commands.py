@@ -1,7 +1,6 @@
-"""The commands ``bench`` and ``plot``: options in, rows and pictures out."""
+"""The commands ``bench``, ``plot`` and ``tune``: options in, rows, pictures and launch tables out."""
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,11 @@ from rich.console import Console
 
 from flash_moe.bench.cases import LETTERS, ROUTINGS, SETS
 from flash_moe.bench.competitors import NAMES
+from flash_moe.bench.machine import describe_machine
 from flash_moe.bench.run import Refusal, Request, Row, clock_moved, run_bench
+from flash_moe.bench.timing import CudaTimer
+from flash_moe.bench.tune import TUNABLES, describe, find_jobs, tune_kernel, write_table
+from flash_moe.ops._triton.launch import FOLDER, table_name
 
 RESULTS = Path("benchmarks", "results")
 # Not beside the rows that the documents show: every run adds to these.
@@ -80,13 +83,43 @@ def plot(
         console.print(f"drew {path}", markup=False)
 
 
+def tune(
+    kernels: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(TUNABLES)}; by default all.")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(help="Sizes of the kernel's op, such as 4096x128x64; may be repeated.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Table to add to; by default this GPU's, in the package.")] = None,
+    seconds: Annotated[float, typer.Option(help="Of measuring, for each config.")] = 0.05,
+    commit: Annotated[str | None, typer.Option(help="Of the code; by default what git says.")] = None,
+) -> None:
+    """Find the fastest launch config of each kernel on this GPU, and write the table that the kernels ship with."""
+    jobs = find_jobs(kernels or (), case or ())
+    if not torch.cuda.is_available():
+        raise ValueError("tune: expected a CUDA GPU to time the kernels on; got none")
+    device = torch.device("cuda", torch.cuda.current_device())
+    fields = describe_machine(device, commit)
+    path = out or FOLDER / f"{table_name(fields['gpu'])}.json"
+    console = Console(highlight=False, soft_wrap=True)
+    timer = CudaTimer(device, seconds)
+    for kernel, sizes in jobs:
+        found = tune_kernel(kernel, sizes, torch.bfloat16, device, timer)
+        if found is None:
+            console.print(f"{kernel} {'x'.join(map(str, sizes))}: not launched at this case", markup=False)
+            continue
+        write_table(path, [found], fields)
+        console.print(describe(found), markup=False)
+        for config, reason in found.refused:
+            console.print(f"  refused: {dict(config)}: {reason}", style="yellow", markup=False)
+        console.print(f"  in {path}", markup=False)
+
+
 def default_path() -> Path:
     """A file for this device."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
         device = "cpu"
-    return RUNS / (re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_") + ".jsonl")
+    return RUNS / f"{table_name(device)}.jsonl"
 
 
 def describe_run(row: Row) -> str:

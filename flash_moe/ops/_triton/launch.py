@@ -36,7 +36,7 @@ Table = Mapping[str, tuple[Entry, ...]]
 """Of each kernel its entries, one or more."""
 
 # Not a context variable: autograd calls a backward's launcher from a thread of its own.
-_forced: dict[str, tuple[Config, set[Sizes]]] = {}
+_forced: dict[str, tuple[Config | None, set[Sizes]]] = {}
 
 
 def launch_config(kernel: str, device: torch.device, sizes: Sizes) -> Config:
@@ -49,22 +49,24 @@ def launch_config(kernel: str, device: torch.device, sizes: Sizes) -> Config:
         ValueError: no table knows the kernel, it has another number of sizes, or a table is malformed.
     """
     if _forced and (forced := _forced.get(kernel)):
-        forced[1].add(sizes)
-        return forced[0]
+        config, asked = forced
+        asked.add(sizes)
+        if config is not None:
+            return config
     index = device.index if device.type == "cuda" else _CPU
     first = sizes[0]
     return _nearest(kernel, index, (first * first).bit_length() // 2, sizes[1:])  # log2(first), rounded
 
 
 @contextmanager
-def use_config(kernel: str, config: Config) -> Iterator[set[Sizes]]:
-    """Within it ``kernel`` takes ``config``, on every thread; gives the set of sizes looked up meanwhile.
+def use_config(kernel: str, config: Config | None) -> Iterator[set[Sizes]]:
+    """Within it ``kernel`` takes ``config``, on every thread, or with None what it takes anyway; for tuning and tests.
 
-    For tuning and tests. An empty set at the end means that no launcher asked: the config had no effect.
+    Gives the set of sizes looked up meanwhile. If that stays empty no launcher asked, and the config has no effect.
     """
     before = _forced.get(kernel)
     asked: set[Sizes] = set()
-    _forced[kernel] = MappingProxyType(dict(config)), asked
+    _forced[kernel] = (None if config is None else MappingProxyType(dict(config))), asked
     try:
         yield asked
     finally:
