@@ -1,4 +1,4 @@
-"""Activations and their derivatives inside kernels, in float32, and the way back to the tensor's dtype."""
+"""What kernels share: products, activations and their derivatives in float32, and the way back to a tensor's dtype."""
 
 import triton
 import triton.language as tl
@@ -18,6 +18,17 @@ def round_for(ptr, x):
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
     return x.to(ptr.dtype.element_ty)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """float32 acc + a @ b, of float32 operands without a detour through tf32.
+
+    The product of bfloat16 operands is garbage in the interpreter of triton 3.7.1; drop when it is not.
+    """
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
