@@ -59,11 +59,11 @@ DOTS_BLOCK_K = 128
 class Compressed:
     """P without the groups of 8 experts that a token chose none of. An example with E = 20, so G = 3:
 
-    indices [[17, 2, 17]], coefficients [[.5, 3, 1]]  ->  slots [[0, -1, 1]]
+    indices [[17, 2, 17]], coefficients [[.5, 3, 1]]  ->  slots [[0], [-1], [1]]
     values [[[0, 0, 3, 0, 0, 0, 0, 0], [0, 1.5, 0, 0, 0, 0, 0, 0], [anything]]]
     """
 
-    slots: Tensor  # [T, G] int16 or int32: the place of the group among the token's, -1 where it chose none of it
+    slots: Tensor  # [G, T] int16 or int32: the place of the group among the token's, -1 where it chose none of it
     values: Tensor  # [T, K, 8] in the dtype of the operands
     scales: Tensor | None  # float16: what the values were multiplied by, a power of two for each row of the result
 
@@ -95,8 +95,8 @@ def _compress_kernel(
     k = tl.arange(0, BLOCK_K)[None, :]
     is_pair = (t < T) & (k < K)
     for first_g in range(0, G, BLOCK_G):
-        g = first_g + tl.arange(0, BLOCK_G)[None, :]
-        tl.store(slots_ptr + t * G + g, tl.full([BLOCK_T, BLOCK_G], -1, tl.int32), mask=(t < T) & (g < G))
+        g = (first_g + tl.arange(0, BLOCK_G)[None, :]).to(tl.int64)
+        tl.store(slots_ptr + g * T + t, tl.full([BLOCK_T, BLOCK_G], -1, tl.int32), mask=(t < T) & (g < G))
     lane = tl.arange(0, GROUP)[None, None, :]
     nothing = tl.zeros([BLOCK_T, BLOCK_K, GROUP], values_ptr.dtype.element_ty)
     tl.store(values_ptr + (t * K + k)[:, :, None] * GROUP + lane, nothing, mask=is_pair[:, :, None])
@@ -119,7 +119,7 @@ def _compress_kernel(
 
     # Other threads of this block cleared what is written now.
     tl.debug_barrier()
-    tl.store(slots_ptr + t * G + e // GROUP, slot, mask=is_first_of_group)
+    tl.store(slots_ptr + (e // GROUP).to(tl.int64) * T + t, slot, mask=is_first_of_group)
     place = (t * K + slot) * GROUP + e % GROUP
     tl.store(values_ptr + place, round_for(values_ptr, total), mask=is_last_of_expert)
 
@@ -137,15 +137,36 @@ def _load_tile(tile_ptr, rows_left, columns_left, H, BLOCK_R: tl.constexpr, BLOC
 
 @triton.jit
 def _load_coefficients(
-    slots_ptr, values_ptr, tokens_left, groups_left, G, K, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
+    slots_ptr, values_ptr, tokens_left, groups_left, T, K, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
 ):
-    """The tile [BLOCK_T, BLOCK_E] of P whose first token's values are at ``values_ptr`` and whose slots at ``slots_ptr``."""
+    """The tile [BLOCK_T, BLOCK_E] of P whose first token's values are at ``values_ptr`` and whose slots at ``slots_ptr``.
+
+    Loaded group by group, so that the 16 bytes of neighbouring tokens, which a product reads together, lie side by side
+    in shared memory.
+    """
     BLOCK_G: tl.constexpr = BLOCK_E // GROUP
-    t, g = tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_G)[None, :]
-    slot = tl.load(slots_ptr + t * G + g, mask=(t < tokens_left) & (g < groups_left), other=-1).to(tl.int32)
+    g, t = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_T)[None, :]
+    slot = tl.load(slots_ptr + g * T + t, mask=(g < groups_left) & (t < tokens_left), other=-1).to(tl.int32)
     offs = (t * K + slot)[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
-    mask = tl.broadcast_to((slot >= 0)[:, :, None], [BLOCK_T, BLOCK_G, GROUP])
-    return tl.reshape(tl.load(values_ptr + offs, mask=mask, other=0.0), [BLOCK_T, BLOCK_E])
+    mask = tl.broadcast_to((slot >= 0)[:, :, None], [BLOCK_G, BLOCK_T, GROUP])
+    values = tl.load(values_ptr + offs, mask=mask, other=0.0)
+    return tl.reshape(tl.permute(values, 1, 0, 2), [BLOCK_T, BLOCK_E])
+
+
+@triton.jit
+def _pick(tile, columns):
+    """out[r, i] = tile[r, columns[r, i]], by way of shared memory.
+
+    Along one axis of a matrix, gather would shuffle each result together from the registers of a whole warp. As a
+    vector, the tile goes to shared memory; in the order of its reshaping, the 32 values that a warp writes at a time
+    (8 rows by every other of 8 columns) fall into different banks.
+    """
+    R: tl.constexpr = tile.shape[0]
+    C: tl.constexpr = tile.shape[1]
+    flat = tl.reshape(tl.permute(tl.reshape(tile, [R // 8, 8, C // 8, 4, 2]), 0, 2, 4, 3, 1), [R * C])
+    r = tl.arange(0, R)[:, None]
+    place = r // 8 * (8 * C) + columns // 8 * 64 + columns % 2 * 32 + columns // 2 % 4 * 8 + r % 8
+    return tl.reshape(tl.gather(flat, tl.reshape(place, [place.numel]), 0), columns.shape)
 
 
 @triton.jit
@@ -181,11 +202,9 @@ def _dots_kernel(
     t = first_t + tl.arange(0, BLOCK_T)[:, None]
     for first_k in range(0, K, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)[None, :]
-        ids = tl.load(indices_ptr + t * K + k, mask=(t < T) & (k < K), other=-1).to(tl.int32)
-        column = ids - first_e.to(tl.int32)
-        is_here = (ids >= 0) & (column >= 0) & (column < BLOCK_E)
-        picked = tl.gather(acc, tl.where(is_here, column, 0), 1)
-        tl.store(out_ptr + t * K + k, picked, mask=is_here)
+        e = tl.load(indices_ptr + t * K + k, mask=(t < T) & (k < K), other=-1).to(tl.int32) - first_e.to(tl.int32)
+        is_here = (e >= 0) & (e < BLOCK_E)
+        tl.store(out_ptr + t * K + k, _pick(acc, tl.where(is_here, e, 0)), mask=is_here)
 
 
 @triton.jit
@@ -223,16 +242,16 @@ def _token_sums_kernel(
     first_h = tl.program_id(0) % column_blocks * BLOCK_H
     split = tl.program_id(1).to(tl.int64)
     first_e = tl.program_id(1) * SPLIT
-    slots_ptr += first_t * G + first_e // GROUP
+    slots_ptr += split * (SPLIT // GROUP) * T + first_t
     values_ptr += first_t * K * GROUP
     table_ptr += split * SPLIT * H + first_h
     tokens_left = (T - first_t).to(tl.int32)
     acc = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     for e in range(first_e, tl.minimum(first_e + SPLIT, E), BLOCK_E):
-        p = _load_coefficients(slots_ptr, values_ptr, tokens_left, G - e // GROUP, G, K, BLOCK_T, BLOCK_E)
+        p = _load_coefficients(slots_ptr, values_ptr, tokens_left, G - e // GROUP, T, K, BLOCK_T, BLOCK_E)
         table = _load_tile(table_ptr, E - e, H - first_h, H, BLOCK_E, BLOCK_H, EVEN_H)
         acc = dot(p, table, acc)
-        slots_ptr += BLOCK_E // GROUP
+        slots_ptr += BLOCK_E // GROUP * T
         table_ptr += BLOCK_E * H
     _store_sums(acc, scales_ptr, out_ptr + split * T * H, first_t, first_h, T, H, BLOCK_T, BLOCK_H, EVEN_H)
 
@@ -261,16 +280,16 @@ def _expert_sums_kernel(
     first_h = tl.program_id(0) % column_blocks * BLOCK_H
     split = tl.program_id(1).to(tl.int64)
     first_t = tl.program_id(1) * SPLIT
-    slots_ptr += split * SPLIT * G + first_e // GROUP
+    slots_ptr += first_e // GROUP * T + split * SPLIT
     values_ptr += split * SPLIT * K * GROUP
     rows_ptr += split * SPLIT * H + first_h
     groups_left = (G - first_e // GROUP).to(tl.int32)
     acc = tl.zeros([BLOCK_E, BLOCK_H], tl.float32)
     for t in range(first_t, tl.minimum(first_t + SPLIT, T), BLOCK_T):
-        p = _load_coefficients(slots_ptr, values_ptr, T - t, groups_left, G, K, BLOCK_T, BLOCK_E)
+        p = _load_coefficients(slots_ptr, values_ptr, T - t, groups_left, T, K, BLOCK_T, BLOCK_E)
         rows = _load_tile(rows_ptr, T - t, H - first_h, H, BLOCK_T, BLOCK_H, EVEN_H)
         acc = dot(tl.trans(p), rows, acc)
-        slots_ptr += BLOCK_T * G
+        slots_ptr += BLOCK_T
         values_ptr += BLOCK_T * K * GROUP
         rows_ptr += BLOCK_T * H
     _store_sums(acc, scales_ptr, out_ptr + split * E * H, first_e, first_h, E, H, BLOCK_E, BLOCK_H, EVEN_H)
@@ -292,7 +311,7 @@ def compress(
     """The sparse operand of both sums; only float16, which must scale it, makes a different one for expert sums."""
     T, K = indices.shape
     G = triton.cdiv(num_experts, GROUP.value)
-    slots = indices.new_empty(T, G, dtype=torch.int16 if K < 2**15 else torch.int32)
+    slots = indices.new_empty(G, T, dtype=torch.int16 if K < 2**15 else torch.int32)
     values = coefficients.new_empty(T, K, GROUP.value, dtype=dtype)
     scales = None
     if dtype == torch.float16:
@@ -401,7 +420,7 @@ def _sums(
         T,
         H,
         E,
-        compressed.slots.shape[1],
+        compressed.slots.shape[0],
         K,
         split,
         tile.rows,
