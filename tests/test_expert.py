@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.library import opcheck
 
 from flash_moe._activations import ACTIVATIONS
 from flash_moe.ops._reference.expert import expert_reference
@@ -16,6 +17,7 @@ from flash_moe.testing import (
     assert_no_worse_than,
     make_expert_inputs,
     peak_nbytes,
+    poison_memory,
     run_rounded_once,
     run_with_grads,
     surround_with_nan,
@@ -345,6 +347,238 @@ def test_the_cpu_path_gathers_in_chunks():
     assert peak - sum(x.nbytes for x in results) < T * K * H * 4 / 4
 
 
+def run_sparse(inputs: Inputs, dout: Tensor, backend: str) -> tuple[Tensor, ...]:
+    """``run_with_grads`` with row-sparse table gradients, whose rows and ids are checked."""
+    results = run_with_grads(flash_expert, inputs, dout, backend=backend, sparse_grad=True)
+    used, num_rows = inputs[3].long().unique(), min(inputs[3].numel(), inputs[1].shape[0])
+    for grad in results[2:4]:
+        assert grad.layout == torch.sparse_coo
+        assert (grad.shape, grad.dtype, grad.device) == (inputs[1].shape, inputs[1].dtype, inputs[1].device)
+        assert (grad.sparse_dim(), grad.dense_dim(), grad.is_coalesced()) == (1, 1, num_rows < 2)
+        (ids,), rows = grad._indices(), grad._values()
+        assert (ids.shape, rows.shape) == ((num_rows,), (num_rows, inputs[1].shape[1]))
+        assert torch.equal(ids[: len(used)], used)
+        assert torch.equal(ids.unique(), used)
+        assert not rows[len(used) :].any()
+        assert torch.equal(grad.coalesce().indices()[0], used)
+        assert torch.equal(grad.coalesce().values(), rows[: len(used)])
+    return results
+
+
+def densified(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.to_dense() if x.is_sparse else x for x in results)
+
+
+def assert_sparse_is_dense(inputs: Inputs, dout: Tensor, backend: str) -> None:
+    want = run_with_grads(flash_expert, inputs, dout, backend=backend)
+    assert_same_bits(densified(run_sparse(inputs, dout, backend)), want)
+
+
+@both_backends
+@every_dtype
+@pytest.mark.parametrize("T, H, E, K", [*SHAPES, (0, 16, 4, 3), (3, 16, 4, 0)], ids=str)
+def test_sparse_gradients_are_the_dense_ones(T, H, E, K, dtype, backend, device):
+    assert_sparse_is_dense(*make_expert_inputs(T, H, E, K, dtype, device), backend)
+
+
+@both_backends
+@every_dtype
+def test_sparse_gradients_match_the_reference(dtype, backend, device):
+    inputs, dout = make_expert_inputs(13, 37, 30, 5, dtype, device, indices_dtype=torch.int32)
+    inputs[3][:, 0] = 7
+    exact = run_with_grads(expert_reference, to_float64(inputs), to_float64(dout))
+    low = run_rounded_once(expert_reference, inputs, dout)
+    assert_no_worse_than(low, exact, densified(run_sparse(inputs, dout, backend)), NAMES)
+
+
+@both_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("counts", [[513], [0, 700, 0, 0], [127, 1, 0, 513, 129, 64, 63, 256]], ids=str)
+def test_sparse_gradients_of_hot_experts(counts, dtype, backend, device):
+    P = sum(counts)
+    T = next(T for T in range(40, 0, -1) if P % T == 0)
+    inputs, dout = make_expert_inputs(T, 21, len(counts), P // T, dtype, device)
+    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    assert_sparse_is_dense(with_indices(inputs, ids.view(P // T, T).t()), dout, backend)
+
+
+@both_backends
+def test_padding_rows_are_dealt_to_the_experts_in_turn(backend, device):
+    inputs, dout = make_expert_inputs(4, 8, 100, 3, torch.float32, device)
+    indices = torch.tensor([[90, 5, 5], [5, 90, 41], [41, 5, 41], [5, 5, 90]])
+    *_, ddown, dup, _ = run_sparse(with_indices(inputs, indices), dout, backend)
+    for grad in (ddown, dup):
+        assert grad._indices()[0].tolist() == [5, 41, 90] * 4
+
+
+@both_backends
+def test_sparse_gradients_take_no_memory_for_experts_nobody_chose(backend, device):
+    T, H, E, K = 4, 8, 2**20, 3
+    inputs, dout = make_expert_inputs(T, H, E, K, torch.float32, device)
+    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
+    out = flash_expert(*leaves, backend=backend, sparse_grad=True)
+    wanted = [x for x in leaves if x.requires_grad]
+    peak = peak_nbytes(lambda: torch.autograd.grad(out, wanted, dout, retain_graph=True), device)
+    # What the PyTorch backend's tiles and the least allocations on a GPU may take, but for a byte per expert.
+    assert peak < E
+    dense = flash_expert(*leaves, backend="torch")
+    assert peak_nbytes(lambda: torch.autograd.grad(dense, wanted, dout), device) >= 2 * E * H * 4
+
+
+@both_backends
+def test_sparse_gradients_are_written_whole_and_repeat_bit_for_bit(backend, device):
+    inputs, dout = make_expert_inputs(9, 20, 400, 6, torch.bfloat16, device)
+    first = run_sparse(inputs, dout, backend)
+    with poison_memory():
+        again = run_with_grads(flash_expert, inputs, dout, backend=backend, sparse_grad=True)
+    assert_same_bits(densified(again), densified(first))
+    for grad, want in zip(again[2:4], first[2:4], strict=True):
+        assert torch.equal(grad._values(), want._values())
+        assert torch.equal(grad._indices(), want._indices())
+
+
+@both_backends
+@pytest.mark.parametrize("wanted", [1, 2], ids=["down_weights", "up_weights"])
+def test_a_sparse_gradient_of_one_table(wanted, backend, device):
+    inputs, dout = make_expert_inputs(4, 10, 50, 3, torch.float32, device)
+    want = run_sparse(inputs, dout, backend)[1 + wanted]
+    leaves = [x.detach().requires_grad_(i == wanted) if i != 3 else x for i, x in enumerate(inputs)]
+    flash_expert(*leaves, backend=backend, sparse_grad=True).backward(dout)
+    assert torch.equal(leaves[wanted].grad.to_dense(), want.to_dense())
+    assert all(x.grad is None for i, x in enumerate(leaves) if i != wanted)
+
+
+@every_backend
+def test_sparse_gradients_accumulate(backend, device):
+    inputs, dout = make_expert_inputs(6, 10, 50, 3, torch.float32, device)
+    moved = with_indices(inputs, (inputs[3] + 1) % 50)
+    tables = [x.clone().requires_grad_() for x in inputs[1:3]]
+    for x, _, _, indices, weights in (inputs, moved):
+        flash_expert(x, *tables, indices, weights, backend=backend, sparse_grad=True).backward(dout)
+    want = [run_with_grads(flash_expert, arguments, dout, backend=backend)[2:4] for arguments in (inputs, moved)]
+    for table, first, second in zip(tables, *want, strict=True):
+        assert table.grad.is_sparse
+        torch.testing.assert_close(table.grad.to_dense(), first + second)
+
+
+@both_backends
+def test_sparse_gradients_under_autocast(backend, device):
+    inputs, dout = make_expert_inputs(6, 10, 50, 3, torch.float32, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        want = run_with_grads(flash_expert, inputs, dout.bfloat16(), backend=backend)
+        actual = run_sparse(inputs, dout.bfloat16(), backend)
+    assert actual[2].dtype == actual[3].dtype == torch.float32
+    assert_same_bits(densified(actual), want)
+
+
+@both_backends
+def test_sparse_gradients_of_non_contiguous_tables(backend, device):
+    inputs, dout = make_expert_inputs(5, 18, 37, 4, torch.float32, device)
+    want = run_sparse(inputs, dout, backend)
+    changed = tuple(strided(x) for x in inputs)
+    assert_same_bits(densified(run_sparse(changed, strided(dout), backend)), densified(want))
+
+
+def test_sparse_gradients_of_the_reference(device):
+    inputs, dout = make_expert_inputs(5, 18, 37, 4, torch.float64, device)
+    want = run_with_grads(flash_expert, inputs, dout, backend="reference")
+    actual = run_with_grads(flash_expert, inputs, dout, backend="reference", sparse_grad=True)
+    assert actual[2].is_sparse
+    assert actual[3].is_sparse
+    for x, want_x in zip(densified(actual), want, strict=True):
+        torch.testing.assert_close(x, want_x)
+
+
+@both_backends
+def test_sparse_adam_steps_as_on_the_coalesced_gradient(backend, device):
+    """Moments and values of experts nobody chose stay bit for bit; the others move as with one row an expert."""
+    inputs, dout = make_expert_inputs(6, 10, 50, 3, torch.float32, device)
+    tables = [[x.clone().requires_grad_() for x in inputs[1:3]] for _ in range(2)]
+    actual, want = (torch.optim.SparseAdam(copies, lr=0.1) for copies in tables)
+    for step in range(3):
+        x, _, _, indices, weights = with_indices(inputs, inputs[3] // (step + 1))
+        current = (x, *(table.detach() for table in tables[1]), indices, weights)
+        for table, grad in zip(
+            tables[1], run_with_grads(flash_expert, current, dout, backend=backend)[2:4], strict=True
+        ):
+            used = indices.unique()
+            table.grad = torch.sparse_coo_tensor(used[None], grad[used], grad.shape, check_invariants=False)
+        flash_expert(x, *tables[0], indices, weights, backend=backend, sparse_grad=True).backward(dout)
+        for optimizer in (actual, want):
+            optimizer.step()
+            optimizer.zero_grad()
+    never = torch.ones(50, dtype=torch.bool, device=device)
+    for step in range(3):
+        never[(inputs[3] // (step + 1)).flatten()] = False
+    assert never.any()
+    for table, same, start in zip(*tables, inputs[1:3], strict=True):
+        torch.testing.assert_close(table, same)
+        assert torch.equal(table[never], start[never])
+        assert not torch.equal(table, start)
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(actual.state[table][name], want.state[same][name])
+            assert not actual.state[table][name][never].any()
+
+
+@both_backends
+def test_sparse_gradients_compile(backend, compiler, device):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *arguments: flash_expert(*arguments, backend=backend, sparse_grad=True),
+        fullgraph=True, backend=compiler, dynamic=True,
+    )  # fmt: skip
+    for T in (4, 7):
+        inputs, dout = make_expert_inputs(T, 10, 15, 3, torch.float32, device)
+        want = run_sparse(inputs, dout, backend)
+        for x, want_x in zip(densified(run_with_grads(compiled, inputs, dout)), densified(want), strict=True):
+            torch.testing.assert_close(x, want_x)
+
+
+@both_backends
+@pytest.mark.parametrize("E", [5, 90])
+def test_opcheck_of_sparse_gradients(E, backend, device):
+    (x, _, _, indices, weights), dout = make_expert_inputs(6, 24, E, 3, torch.float32, device)
+    s = torch.randn_like(weights)
+    opcheck(torch.ops.flash_moe.flash_expert_backward_rows.default, (dout, x, indices, s, s, E, backend))
+
+
+@pytest.mark.gpu
+@both_backends
+def test_sparse_gradients_in_a_graph_and_without_waiting(backend, device):
+    inputs, dout = make_expert_inputs(128, 64, 4096, 16, torch.bfloat16, device)
+
+    def run() -> tuple[Tensor, ...]:
+        return run_with_grads(flash_expert, inputs, dout, backend=backend, sparse_grad=True)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    fresh, fresh_dout = make_expert_inputs(128, 64, 4096, 16, torch.bfloat16, device, seed=1)
+    for static, new in zip((*inputs, dout), (*fresh, fresh_dout), strict=True):
+        static.copy_(new)
+    graph.replay()
+    assert_same_bits(densified(captured), densified(run_sparse(fresh, fresh_dout, backend)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_sparse_gradients_at_a_realistic_size(share, dtype, device):
+    inputs, dout = make_expert_inputs(2048, 1024, 100_000, 64, dtype, device)
+    hot = torch.rand(2048, 64, generator=torch.Generator(device).manual_seed(2), device=device) < share
+    assert_sparse_is_dense(with_indices(inputs, inputs[3].masked_fill(hot, 7)), dout, "triton")
+
+
 @every_backend
 @pytest.mark.parametrize("bad", [-1, 5, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("indices_dtype", [torch.int32, torch.int64], ids=str)
@@ -378,6 +612,7 @@ BAD_ARGUMENTS = [
     ({"routing_weights": torch.zeros(3, 2).half()}, TypeError, "routing_weights: .*float32.*float16"),
     ({"hidden_act": "swish"}, ValueError, "hidden_act: .*silu.*relu2.*'swish'"),
     ({"backend": "cuda"}, ValueError, "backend: .*auto.*triton.*torch.*reference.*'cuda'"),
+    ({"sparse_grad": 1}, TypeError, "sparse_grad: .*True or False.*1"),
 ]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from flash_moe._activations import ACTIVATIONS
 from flash_moe.ops._torch import expert as expert_ops
 from flash_moe.ops._torch import router as router_ops
+from flash_moe.ops._torch.distinct import group_by_distinct_key
 from flash_moe.ops._torch.expert import expert_backward_tables, expert_backward_tokens, expert_forward
 from flash_moe.ops._torch.grouping import group_by_key, sum_groups
 from flash_moe.ops._torch.router import router_backward, router_forward
@@ -271,6 +272,20 @@ def test_grouping(device):
     assert sum_groups(source, order, offsets).tolist() == [[2.0], [0.0], [5.0], [0.0]]
     weights = torch.tensor([3.0, 5.0, 7.0], device=device)
     assert sum_groups(source, order, offsets, weights).tolist() == [[6.0], [0.0], [33.0], [0.0]]
+
+
+@pytest.mark.parametrize(
+    "keys, num_groups, order, offsets, distinct",
+    [
+        ([7, 2, 7], 3, [1, 0, 2], [0, 1, 3, 3], [2, 7, 2]),
+        ([5, 5], 2, [0, 1], [0, 2, 2], [5, 5]),
+        ([2**40, -1, 3], 3, [1, 2, 0], [0, 1, 2, 3], [-1, 3, 2**40]),
+        ([], 0, [], [0], []),
+    ],
+)
+def test_grouping_by_distinct_keys(keys, num_groups, order, offsets, distinct, device):
+    actual = group_by_distinct_key(torch.tensor(keys, dtype=torch.int64, device=device), num_groups)
+    assert [x.tolist() for x in actual] == [order, offsets, distinct]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

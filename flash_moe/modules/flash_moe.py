@@ -58,6 +58,10 @@ class FlashMoEConfig:
     """Weight of the router z-loss in ``FlashMoE.router_loss``; 0 leaves it out."""
     track_expert_usage: bool = False
     """Count the pairs each expert receives, for ``FlashMoE.expert_usage()``."""
+    sparse_grad: bool = False
+    """Row-sparse gradients of ``down_embed`` and ``up_embed``, for ``torch.optim.SparseAdam``. DistributedDataParallel,
+    FSDP2 and ``torch.nn.utils.clip_grad_norm_`` do not take them; ``flash_moe.modules.grad_norm.clip_grad_norm_`` does.
+    """
     backend: Literal["auto", "triton", "torch", "reference"] = "auto"
     """Of all three ops; "auto" is triton for CUDA tensors, else torch."""
 
@@ -76,7 +80,7 @@ class FlashMoEConfig:
         for name, value, allowed in (("router_norm", self.router_norm, NORMS), ("backend", self.backend, BACKENDS)):
             if value not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
-        for name in ("norm_topk_prob", "track_expert_usage"):
+        for name in ("norm_topk_prob", "track_expert_usage", "sparse_grad"):
             check_bool(name, getattr(self, name))
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             check_coefficient(name, getattr(self, name))
@@ -233,7 +237,15 @@ class FlashMoE(nn.Module):
         weights = scores.softmax(dim=-1) if config.norm_topk_prob else scores.exp()
         self._account(router_logits, log_probs, experts, token_mask)
         tables = (self.down_embed.weight, self.up_embed.weight)
-        return flash_expert(x, *tables, experts, weights, hidden_act=config.hidden_act, backend=config.backend)
+        return flash_expert(
+            x,
+            *tables,
+            experts,
+            weights,
+            hidden_act=config.hidden_act,
+            backend=config.backend,
+            sparse_grad=config.sparse_grad,
+        )
 
     def _account(self, router_logits: Tensor, log_probs: Tensor, experts: Tensor, token_mask: Tensor | None) -> None:
         """Usage counts and ``router_loss``."""

@@ -5,11 +5,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flash_moe._activations import check_activation
 from flash_moe._backend import Backend, resolve_backend
 from flash_moe._checks import (
+    check_bool,
     check_dtype,
     check_ids_in_range,
     check_pairs,
@@ -31,6 +33,7 @@ def flash_expert(
     *,
     hidden_act: str = "silu",
     backend: str = "auto",
+    sparse_grad: bool = False,
 ) -> Tensor:
     """Sum each token's one-neuron experts: out[t] = sum_k w[t,k] * act(x[t] . down[e]) * up[e], e = indices[t,k].
 
@@ -43,6 +46,11 @@ def flash_expert(
         hidden_act: "silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2" or "identity".
         backend: "auto" (triton for CUDA tensors, else torch), "triton", "torch" or "reference"; an explicit choice
             never falls back.
+        sparse_grad: give both tables row-sparse gradients, at a cost that does not depend on E: sparse COO tensors of
+            exactly min(T * K, E) rows, one sum for each distinct expert and the rest zeros on ids that occur already,
+            hence not coalesced. For ``torch.optim.SparseAdam`` or SGD. DistributedDataParallel, FSDP2 and
+            ``torch.nn.utils.clip_grad_norm_`` do not take such gradients; ``flash_moe.modules.grad_norm`` has a
+            ``clip_grad_norm_`` that does. The reference's has T * K rows, those of an expert not summed.
     Returns:
         ``[T, H]`` in ``hidden_states.dtype``, accumulated in float32. Differentiable in all but ``indices``; gradients
         are summed in a fixed order, the same bits on every run. Beyond inputs and outputs the memory is O(T * K).
@@ -55,6 +63,7 @@ def flash_expert(
     Source: PEER, arXiv:2407.04153.
     """
     check_activation(hidden_act)
+    check_bool("sparse_grad", sparse_grad)
     check_shape("hidden_states", hidden_states, (None, None), "[T, H]")
     T, H = hidden_states.shape
     check_shape("down_weights", down_weights, (None, H), "[E, H]")
@@ -73,7 +82,9 @@ def flash_expert(
     device_type = hidden_states.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        hidden_states, down_weights, up_weights = (x.to(dtype) for x in (hidden_states, down_weights, up_weights))
+        hidden_states = hidden_states.to(dtype)
+        cast = _SparseGradCast.apply if sparse_grad else Tensor.to
+        down_weights, up_weights = (x if x.dtype == dtype else cast(x, dtype) for x in (down_weights, up_weights))
         if routing_weights.dtype != dtype:
             routing_weights = routing_weights.float()
     check_dtype("hidden_states", hidden_states, float_dtypes(backend))
@@ -83,9 +94,12 @@ def flash_expert(
     check_pairs("indices", T, indices.shape[1])
     if chosen is Backend.REFERENCE:
         _check_ids(indices, down_weights.shape[0])
+        if sparse_grad:
+            down_weights, up_weights = (_rows_of_pairs(x, indices) for x in (down_weights, up_weights))
+            indices = torch.arange(indices.numel(), device=indices.device).view(indices.shape)
         return expert_reference(hidden_states, down_weights, up_weights, indices, routing_weights, hidden_act)
     inputs = (hidden_states, down_weights, up_weights, indices, routing_weights)
-    out, _ = torch.ops.flash_moe.flash_expert(*(x.contiguous() for x in inputs), hidden_act, chosen.value)
+    out, _ = torch.ops.flash_moe.flash_expert(*(x.contiguous() for x in inputs), hidden_act, chosen.value, sparse_grad)
     return out
 
 
@@ -96,11 +110,37 @@ def triton_flash_expert_func(
     indices: Tensor,
     routing_weights: Tensor,
     hidden_act: str = "silu",
+    sparse_grad: bool = False,
 ) -> Tensor:
     """``flash_expert`` through the Triton kernels; raises where they cannot run."""
     return flash_expert(
-        hidden_states, down_weights, up_weights, indices, routing_weights, hidden_act=hidden_act, backend="triton"
+        hidden_states,
+        down_weights,
+        up_weights,
+        indices,
+        routing_weights,
+        hidden_act=hidden_act,
+        backend="triton",
+        sparse_grad=sparse_grad,
     )
+
+
+def _rows_of_pairs(table: Tensor, indices: Tensor) -> Tensor:
+    """``[T * K, H]``: a row for each pair; the table's gradient is sparse, its rows not summed by expert."""
+    return F.embedding(indices.flatten(), table, sparse=True)
+
+
+class _SparseGradCast(torch.autograd.Function):
+    """``table.to(dtype)``, whose own backward pass refuses sparse gradients (torch 2.13)."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = table.dtype
+        return table.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
 
 
 def _check_ids(indices: Tensor, num_experts: int) -> None:
@@ -120,6 +160,7 @@ def _forward(
     routing_weights: Tensor,
     hidden_act: str,
     backend: str,
+    sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _check_ids(indices, down_weights.shape[0])
     return _implementation(backend).expert_forward(
@@ -135,6 +176,7 @@ def _forward_fake(
     routing_weights: Tensor,
     hidden_act: str,
     backend: str,
+    sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(hidden_states), torch.empty_like(routing_weights, dtype=torch.float32)
 
@@ -201,11 +243,40 @@ def _backward_tables_fake(
     return grad, torch.empty_like(grad)
 
 
+def _backward_rows(
+    grad_out: Tensor,
+    hidden_states: Tensor,
+    indices: Tensor,
+    grad_pre_activations: Tensor,
+    coefficients: Tensor,
+    num_experts: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows = min(indices.numel(), num_experts)
+    return _implementation(backend).expert_backward_rows(
+        grad_out, hidden_states, indices, grad_pre_activations, coefficients, num_rows
+    )
+
+
+def _backward_rows_fake(
+    grad_out: Tensor,
+    hidden_states: Tensor,
+    indices: Tensor,
+    grad_pre_activations: Tensor,
+    coefficients: Tensor,
+    num_experts: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows = torch.sym_min(indices.numel(), num_experts)
+    rows = hidden_states.new_empty(num_rows, hidden_states.shape[1])
+    return indices.new_empty(num_rows, dtype=torch.int64), rows, torch.empty_like(rows)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, hidden_act, backend = inputs
+    *tensors, hidden_act, backend, sparse_grad = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, output[1])
-    ctx.hidden_act, ctx.backend = hidden_act, backend
+    ctx.hidden_act, ctx.backend, ctx.sparse_grad = hidden_act, backend, sparse_grad
 
 
 def _backward_formula(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -224,15 +295,24 @@ def _backward_formula(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Ten
     )
     ddown = dup = None
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        ddown, dup = torch.ops.flash_moe.flash_expert_backward_tables(
-            grad_out, hidden_states, indices, grad_pre_activations, coefficients, down_weights.shape[0], ctx.backend
-        )
-    return dx, ddown, dup, None, dweights, None, None
+        E = down_weights.shape[0]
+        arguments = (grad_out, hidden_states, indices, grad_pre_activations, coefficients, E, ctx.backend)
+        if ctx.sparse_grad:
+            ids, *rows = torch.ops.flash_moe.flash_expert_backward_rows(*arguments)
+            ddown, dup = (_sparse_table(ids, x, E) for x in rows)
+        else:
+            ddown, dup = torch.ops.flash_moe.flash_expert_backward_tables(*arguments)
+    return dx, ddown, dup, None, dweights, None, None, None
+
+
+def _sparse_table(ids: Tensor, rows: Tensor, num_experts: int) -> Tensor:
+    # Checking the ids would wait for the device.
+    return torch.sparse_coo_tensor(ids[None], rows, (num_experts, rows.shape[1]), check_invariants=False)
 
 
 register_op(
     "flash_expert(Tensor hidden_states, Tensor down_weights, Tensor up_weights, Tensor indices, Tensor "
-    "routing_weights, str hidden_act, str backend) -> (Tensor, Tensor)",
+    "routing_weights, str hidden_act, str backend, bool sparse_grad=False) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     backward=_backward_formula,
@@ -250,4 +330,10 @@ register_op(
     "grad_pre_activations, Tensor coefficients, int num_experts, str backend) -> (Tensor, Tensor)",
     _backward_tables,
     _backward_tables_fake,
+)
+register_op(
+    "flash_expert_backward_rows(Tensor grad_out, Tensor hidden_states, Tensor indices, Tensor grad_pre_activations, "
+    "Tensor coefficients, int num_experts, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward_rows,
+    _backward_rows_fake,
 )

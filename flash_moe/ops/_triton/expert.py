@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_moe.ops._triton.grouping import Groups, group_by_distinct_expert, group_by_expert
 from flash_moe.ops._triton.math import activation, activation_grad, round_for
 
 # Tiles (rows, elements) that a warp keeps in flight, best of up to 60 shapes on an H200 at T 4096, H 1024, bf16. K 64,
@@ -316,20 +317,30 @@ def expert_backward_tables(
     num_experts: int,
 ) -> tuple[Tensor, Tensor]:
     """``ddown [E, H]`` and ``dup [E, H]``; an expert nobody chose gets zeros."""
-    sorted_ids, order = torch.sort(indices.to(torch.int32).flatten(), stable=True)
-    experts = torch.arange(num_experts + 1, dtype=torch.int32, device=indices.device)
-    offsets = torch.searchsorted(sorted_ids, experts, out_int32=True)
-    pairs = (sorted_ids, order, offsets, indices.shape[1])
+    groups = group_by_expert(indices, num_experts)
+    K = indices.shape[1]
     with torch.cuda.device_of(hidden_states):
-        return (
-            _expert_sums(hidden_states, dpre_activations, *pairs),
-            _expert_sums(grad_out, coefficients, *pairs),
-        )
+        return _expert_sums(hidden_states, dpre_activations, groups, K), _expert_sums(grad_out, coefficients, groups, K)
 
 
-def _expert_sums(
-    rows: Tensor, coefficients: Tensor, sorted_ids: Tensor, order: Tensor, offsets: Tensor, num_experts_per_tok: int
-) -> Tensor:
+def expert_backward_rows(
+    grad_out: Tensor,
+    hidden_states: Tensor,
+    indices: Tensor,
+    dpre_activations: Tensor,
+    coefficients: Tensor,
+    num_rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``ids``, int64, and ``ddown``, ``dup [num_rows, H]`` of each distinct expert; the other rows are zeros."""
+    groups, ids = group_by_distinct_expert(indices, num_rows)
+    K = indices.shape[1]
+    with torch.cuda.device_of(hidden_states):
+        ddown = _expert_sums(hidden_states, dpre_activations, groups, K)
+        return ids, ddown, _expert_sums(grad_out, coefficients, groups, K)
+
+
+def _expert_sums(rows: Tensor, coefficients: Tensor, groups: Groups, num_experts_per_tok: int) -> Tensor:
+    numbers, order, offsets = groups
     P, E, H, K = order.numel(), offsets.numel() - 1, rows.shape[1], num_experts_per_tok
     out = rows.new_empty(E, H)
     hot_tile = max(MIN_HOT_TILE, triton.next_power_of_2(H) // 16)
@@ -338,7 +349,7 @@ def _expert_sums(
     tile = _clamp_tile(EXPERT_SUMS_TILE, H)
     num_slices = triton.cdiv(H, tile[1])
     _hot_tiles_kernel[(num_tiles, num_slices)](
-        rows, coefficients, sorted_ids, order, offsets, partials, H, K, hot_tile, *tile, num_warps=EXPERT_SUMS_WARPS
+        rows, coefficients, numbers, order, offsets, partials, H, K, hot_tile, *tile, num_warps=EXPERT_SUMS_WARPS
     )
     _expert_sums_kernel[(E, num_slices)](
         rows, coefficients, order, offsets, partials, out, H, K, hot_tile, *tile, num_warps=EXPERT_SUMS_WARPS
