@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from flash_moe.bench.cases import ANCHORS, LETTERS, SETS, SMALL, Case, find_case
 from flash_moe.bench.checks import MismatchError, check, check_replay
 from flash_moe.bench.roofs import Roofs
 from flash_moe.bench.run import Refusal, Request, clock_moved, run_bench
-from flash_moe.bench.timing import CpuTimer, percentiles
+from flash_moe.bench.timing import CpuTimer, CudaTimer, percentiles
 from flash_moe.bench.work import BACKWARD, BOTH, FORWARD, count_work, passes_of
 from flash_moe.ops.flash_expert import flash_expert
 from flash_moe.ops.flash_mlp import flash_mlp
@@ -137,8 +138,48 @@ def test_roofs_take_the_slowest_part_and_measure_it_once():
     assert roofs.roof(case, BACKWARD, inputs, work) == roof
     assert roofs.copy_gb_per_s() > 0
     assert set(roofs.roof(odd("router"), FORWARD, inputs, work).parts_us) == {"stream"}
+    assert roofs.roof(odd("router"), FORWARD, inputs, work).gather_us is None
     layer = odd("layer")
     assert set(roofs.roof(layer, BOTH, make_inputs(layer, CPU), work).parts_us) >= {"stream", "matmul"}
+
+
+def test_what_dense_products_would_win_still_says_what_gathering_takes(monkeypatch):
+    roofs = Roofs(CpuTimer(0.001), CPU)
+    case = odd("expert")
+    inputs = make_inputs(case, CPU)
+    monkeypatch.setattr(roofs, "_matmul_us", lambda flops, dtype: 0.5)
+    monkeypatch.setattr(roofs, "stream_us", lambda nbytes: 0.25)
+    monkeypatch.setattr(roofs, "gather_us", lambda table, ids, label: 100.0)
+    roof = roofs.roof(case, FORWARD, inputs, count_work(case, FORWARD, inputs))
+    assert (roof.bound, roof.time_us, roof.gather_us) == ("matmul", 0.5, 200.0)
+    monkeypatch.setattr(roofs, "fill_us", lambda nbytes: 7.0)
+    roof = roofs.roof(case, BACKWARD, inputs, count_work(case, BACKWARD, inputs))
+    assert roof.gather_us == 400.0  # the fill is behind the gathers
+
+
+def test_the_fastest_way_is_the_roof():
+    class Timer(CpuTimer):
+        def time_eager(self, call, idle_start=False):
+            return [float(call())] * 3
+
+    roofs = Roofs(Timer(0.001), CPU)
+    assert roofs._best([[lambda: 3], [lambda: 2], [lambda: 4]]) == 2
+
+
+def test_kernels_of_the_roofs_read_everything(device):
+    if reason := competitors.why_not("triton", device):
+        pytest.skip(reason)
+    from flash_moe.ops._triton import memory
+
+    generator = torch.Generator(device).manual_seed(0)
+    for numel in (1, 5000):
+        data = torch.randint(1, 9, (numel,), device=device, generator=generator).float()  # sums are exact
+        for config in memory.READ_CONFIGS:
+            assert memory.read_once(data, config).sum() == data.sum()
+    table = torch.randn(7, 300, device=device, generator=generator)
+    ids = torch.randint(7, (2, 5), device=device, generator=generator)
+    for config in memory.SUM_CONFIGS:
+        torch.testing.assert_close(memory.sum_rows(table, ids, config), table[ids].sum(1))
 
 
 # Checks: what is right passes, what is wrong has no row
@@ -307,6 +348,7 @@ def test_rows_of_every_op_are_complete(no_gpu):
         tables.check_row(row)
         assert tables.table_of(row) == f"cpu {row['op']}"
         assert row["calls"] >= 5
+        assert 1 <= row["warm_up_calls"] <= 50
         assert row["roof_pct"] == pytest.approx(100 * row["roof_us"] / row["time_us"][1], rel=0.01)
         assert row["gb_per_s"] > 0
         assert row["peak_mib"] >= 0
@@ -327,6 +369,42 @@ def test_peak_memory_is_without_the_results(no_gpu):
 def test_one_pass_alone(no_gpu, passes, expected):
     rows = run_bench(Request(["mlp"], "4x8x8", ("reference",), passes, seconds=1e-3, commit="abc"))
     assert [row["pass"] for row in rows] == [expected]
+
+
+@pytest.mark.parametrize("seconds, call_seconds, expected", [(1.0, 0.0, 50), (0.004, 0.03, (4, 10)), (1e-9, 0.0, 1)])
+def test_warm_up_is_50_calls_unless_they_are_very_slow(seconds, call_seconds, expected):
+    calls = []
+    count = CpuTimer(seconds).warm_up(lambda: calls.append(time.sleep(call_seconds)))
+    assert count == len(calls)
+    if isinstance(expected, int):
+        assert count == expected
+    else:
+        assert expected[0] <= count <= expected[1]
+
+
+def test_short_calls_are_measured_in_a_graph_too(monkeypatch):
+    timer = object.__new__(CudaTimer)
+    bench = run._Bench(CPU, timer, Roofs(CpuTimer(0.001), CPU), {})
+    ours, other = competitors.Competitor("triton", None, (FORWARD,)), competitors.Competitor("reference", None)
+    large, small = (Case("expert", (T, 24, 9, 3), torch.bfloat16, "uniform") for T in (4096, 1))
+    assert run._is_graphed(bench, large, ours, FORWARD, [999.0] * 3)
+    assert not run._is_graphed(bench, large, ours, FORWARD, [1001.0] * 3)
+    assert run._is_graphed(bench, small, ours, FORWARD, [1001.0] * 3)
+    assert not run._is_graphed(bench, small, ours, BACKWARD, [1.0] * 3)
+    assert not run._is_graphed(bench, small, other, FORWARD, [1.0] * 3)
+    bench.timer = CpuTimer(0.001)
+    assert not run._is_graphed(bench, small, ours, FORWARD, [1.0] * 3)
+
+
+def test_every_competitor_has_its_own_inputs(no_gpu, monkeypatch):
+    request = Request(["mlp"], "4x8x8", ("reference",), ("fwd",), seconds=1e-3, commit="abc")
+    seen = []
+    make = run.make_inputs
+    monkeypatch.setattr(run, "make_inputs", lambda *args: seen.append(make(*args)) or seen[-1])
+    list(run_bench(request))
+    assert len(seen) == 2
+    assert seen[0].args[0].data_ptr() != seen[1].args[0].data_ptr()
+    assert torch.equal(seen[0].args[0], seen[1].args[0])
 
 
 def test_percentiles_and_clock():

@@ -10,6 +10,7 @@ import torch
 from flash_moe import cli
 from flash_moe._backend import why_not_triton
 from flash_moe.bench import competitors, tune
+from flash_moe.bench.timing import Replayed
 from flash_moe.bench.tune import TUNABLES, Tunable, Tuned
 from flash_moe.bench.work import FORWARD
 from flash_moe.ops._triton import launch
@@ -206,7 +207,7 @@ class FakeTimer:
         self.calls += 1
         (call,) = (each() for each in prepare)
         call()
-        return [float(launch_config("fake", CPU, (3,))["TIME"])] * 5, None
+        return Replayed([float(launch_config("fake", CPU, (3,))["TIME"])] * 5, None, 0)
 
     def free(self):
         pass

@@ -28,6 +28,11 @@ from flash_moe.bench.work import FORWARD, Work, count_work, passes_of
 from flash_moe.testing import peak_nbytes
 
 EAGER, GRAPH = "eager", "graph"
+# An eager call that takes less may be waiting for the host, which needs up to 15 us for a launch and makes up to 60 of
+# them: it is measured in a graph, too. So is every call on up to LATENCY_BOUND_TOKENS.
+GRAPH_BELOW_US = 1000.0
+# Of the measuring time of a row, what each of a roof's parts gets: there are many, and they vary little.
+ROOF_SECONDS = 0.25
 # Input sets that a graph's calls go through, so that each finds its own cold; and the memory they may take.
 GRAPH_SETS, GRAPH_SETS_NBYTES = 16, 4 * 2**30
 # More than this between two readings, and the clock has moved under the measurement.
@@ -98,7 +103,8 @@ def run_bench(request: Request) -> Iterator[Row | Refusal]:
         raise ValueError(f"backend: expected one that {', '.join(request.ops)} has; got {', '.join(request.backends)}")
     fields = describe_machine(device, request.commit)
     timer = make_timer(device, request.seconds)
-    bench = _Bench(device, timer, Roofs(timer, device), fields)
+    roofs = Roofs(make_timer(device, ROOF_SECONDS * request.seconds), device)
+    bench = _Bench(device, timer, roofs, fields)
     for case, competitors in todo:
         yield from _run_case(bench, case, competitors, _passes(case, request.passes))
         timer.free()
@@ -122,33 +128,44 @@ def _run_case(
     inputs = make_inputs(case, bench.device)
     works = {which: count_work(case, which, inputs) for which in passes}
     roofs = {which: bench.roofs.roof(case, which, inputs, works[which]) for which in passes}
+    del inputs
     for competitor in competitors:
-        for which in passes:
-            for launch in _launches(bench, case, competitor, which):
-                row: Row | Refusal
-                measure = _measure_eager if launch == EAGER else _measure_graph
-                try:
-                    found = measure(bench, case, competitor, which, inputs)
-                    row = _row(bench, case, competitor, which, launch, works[which], roofs[which], found)
-                except torch.OutOfMemoryError:
-                    row = Refusal(case, competitor.name, which, launch, "out of memory", competitor.is_ours)
-                except NotImplementedError as error:  # embedding_bag's backward on a GPU knows no bfloat16, say
-                    row = Refusal(case, competitor.name, which, launch, str(error), competitor.is_ours)
-                except Exception as error:
-                    # Only its text is kept: a traceback would hold on to the tensors.
-                    reason = f"{type(error).__name__}: {error}".strip()
-                    row = Refusal(case, competitor.name, which, launch, reason, True)
-                bench.timer.free()
-                yield row
-                if isinstance(row, Refusal):
-                    break
-        free_competitor(competitor.name)
         bench.timer.free()
+        inputs = make_inputs(case, bench.device)  # its own, so that nobody depends on what another left
+        for which in passes:
+            for found in _measure(bench, case, competitor, which, inputs):
+                if isinstance(found, Refusal):
+                    yield found
+                else:
+                    yield _row(bench, case, competitor, which, works[which], roofs[which], found)
+        del inputs
+        free_competitor(competitor.name)
 
 
-def _launches(bench: _Bench, case: Case, competitor: Competitor, which: str) -> tuple[str, ...]:
-    is_graphed = case.T <= LATENCY_BOUND_TOKENS and which in competitor.captured
-    return (EAGER, GRAPH) if is_graphed and isinstance(bench.timer, CudaTimer) else (EAGER,)
+def _measure(bench: _Bench, case: Case, competitor: Competitor, which: str, inputs: Inputs) -> Iterator[Row | Refusal]:
+    """What was measured of the eager call, then of a graph that holds it where there is one."""
+    for launch, measure in ((EAGER, _measure_eager), (GRAPH, _measure_graph)):
+        found: Row | Refusal
+        try:
+            found = {"launch": launch, **measure(bench, case, competitor, which, inputs)}
+        except torch.OutOfMemoryError:
+            found = Refusal(case, competitor.name, which, launch, "out of memory", competitor.is_ours)
+        except NotImplementedError as error:  # embedding_bag's backward on a GPU knows no bfloat16, say
+            found = Refusal(case, competitor.name, which, launch, str(error), competitor.is_ours)
+        except Exception as error:
+            # Only its text is kept: a traceback would hold on to the tensors.
+            reason = f"{type(error).__name__}: {error}".strip()
+            found = Refusal(case, competitor.name, which, launch, reason, True)
+        is_last = isinstance(found, Refusal) or not _is_graphed(bench, case, competitor, which, found["times"])
+        bench.timer.free()
+        yield found
+        if is_last:
+            return
+
+
+def _is_graphed(bench: _Bench, case: Case, competitor: Competitor, which: str, eager_us: Sequence[float]) -> bool:
+    is_short = case.T <= LATENCY_BOUND_TOKENS or percentiles(eager_us)[1] < GRAPH_BELOW_US
+    return is_short and which in competitor.captured and isinstance(bench.timer, CudaTimer)
 
 
 def _measure_eager(bench: _Bench, case: Case, competitor: Competitor, which: str, inputs: Inputs) -> Row:
@@ -157,14 +174,20 @@ def _measure_eager(bench: _Bench, case: Case, competitor: Competitor, which: str
     error = check(case, inputs, bound, which, competitor.is_ours)
     with torch.set_grad_enabled(which != FORWARD):
         call = bound.prepare(which)
-        bench.timer.warm_up(call)
+        warm_up_calls = bench.timer.warm_up(call)
         before = _clock(bench)
         times = bench.timer.time_eager(call, idle_start=case.T <= LATENCY_BOUND_TOKENS)
         after = _clock(bench)
         extra_nbytes = peak_nbytes(call, bench.device) - _result_nbytes(call())
         launches = count_launches(call) if isinstance(bench.timer, CudaTimer) else None
-    peak_mib = max(0.0, extra_nbytes / 2**20)
-    return {"times": times, "peak_mib": peak_mib, "launches": launches, "error": error, "sm_mhz": [before, after]}
+    return {
+        "times": times,
+        "warm_up_calls": warm_up_calls,
+        "peak_mib": max(0.0, extra_nbytes / 2**20),
+        "launches": launches,
+        "error": error,
+        "sm_mhz": [before, after],
+    }
 
 
 def _measure_graph(bench: _Bench, case: Case, competitor: Competitor, which: str, inputs: Inputs) -> Row:
@@ -175,16 +198,21 @@ def _measure_graph(bench: _Bench, case: Case, competitor: Competitor, which: str
     bounds: list[Bound] = [competitor.bind(each, which) for each in sets]
     with torch.set_grad_enabled(which != FORWARD):
         before = _clock(bench)
-        times, replayed = bench.timer.time_graph([partial(bound.prepare, which) for bound in bounds])
+        replayed = bench.timer.time_graph([partial(bound.prepare, which) for bound in bounds])
         after = _clock(bench)
-    check_replay(case, bounds[0], which, replayed)
-    return {"times": times, "peak_mib": None, "launches": None, "error": None, "sm_mhz": [before, after]}
+    check_replay(case, bounds[0], which, replayed.result)
+    return {
+        "times": replayed.times,
+        "warm_up_calls": replayed.warm_up_calls,
+        "peak_mib": None,
+        "launches": None,
+        "error": None,
+        "sm_mhz": [before, after],
+    }
 
 
-def _row(
-    bench: _Bench, case: Case, competitor: Competitor, which: str, launch: str, work: Work, roof: Roof, found: Row
-) -> Row:
-    times = found.pop("times")
+def _row(bench: _Bench, case: Case, competitor: Competitor, which: str, work: Work, roof: Roof, found: Row) -> Row:
+    times, launch = found.pop("times"), found.pop("launch")
     time_us = percentiles(times)
     text = case.describe() + (", CUDA graph" if launch == GRAPH else "")
     # Experts are counted by the row used, as the caches deliver them; see work.py.
@@ -209,6 +237,7 @@ def _row(
         "roof_us": roof.time_us,
         "roof_pct": 100 * roof.time_us / time_us[1],
         "roof_parts_us": roof.parts_us,
+        "roof_gather_us": roof.gather_us,
         "copy_gb_per_s": bench.roofs.copy_gb_per_s(),
         **found,
         "is_cold": bench.timer.is_cold,

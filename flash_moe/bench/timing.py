@@ -4,17 +4,26 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-WARM_UP_CALLS = 50
-WARM_UP_SECONDS = 1.0
+# Calls before any is timed. Only a call that takes more than half of the seconds of measuring gets fewer, as many as
+# fit into this many times those seconds; each row says how many it had.
+WARM_UP_CALLS, WARM_UP_TIMES = 50, 25
 MIN_REPEATS, MAX_REPEATS = 5, 1000
 # The buffer that is read between calls, in sizes of L2; reading leaves no dirty lines that a timed call would evict.
 FLUSH_L2_SIZES = 4
 
 Call = Callable[[], Any]
+
+
+class Replayed(NamedTuple):
+    times: list[float]
+    """Of one call in the graph."""
+    result: Any
+    """What the first call returned, as the last replay left it."""
+    warm_up_calls: int
 
 
 def percentiles(times: Sequence[float]) -> list[float]:
@@ -31,12 +40,8 @@ class CpuTimer:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    def warm_up(self, call: Call) -> None:
-        started = time.perf_counter()
-        for _ in range(WARM_UP_CALLS):
-            call()
-            if time.perf_counter() - started > min(self.seconds, WARM_UP_SECONDS):
-                return
+    def warm_up(self, call: Call) -> int:
+        return _warm_up(call, WARM_UP_TIMES * self.seconds, lambda: None)
 
     def time_eager(self, call: Call, idle_start: bool = False) -> list[float]:
         times: list[float] = []
@@ -64,16 +69,8 @@ class CudaTimer:
     def flush(self) -> None:
         torch.sum(self._buffer, dim=0, out=self._sum)
 
-    def warm_up(self, call: Call) -> None:
-        """50 calls, or as many as fit into a second."""
-        started = time.perf_counter()
-        for i in range(WARM_UP_CALLS):
-            call()
-            if i % 5 == 0:
-                torch.cuda.synchronize()
-                if time.perf_counter() - started > WARM_UP_SECONDS:
-                    break
-        torch.cuda.synchronize()
+    def warm_up(self, call: Call) -> int:
+        return _warm_up(call, WARM_UP_TIMES * self.seconds, torch.cuda.synchronize)
 
     def time_eager(self, call: Call, idle_start: bool = False) -> list[float]:
         """Times of ``call``. With ``idle_start`` the GPU has nothing to do when the call begins, so that the time is
@@ -90,8 +87,8 @@ class CudaTimer:
             end.record()
         return _elapsed(starts, ends)
 
-    def time_graph(self, prepare: Sequence[Callable[[], Call]]) -> tuple[list[float], Any]:
-        """Times of one call in a replayed graph that holds one call of each, and what the first returned.
+    def time_graph(self, prepare: Sequence[Callable[[], Call]]) -> Replayed:
+        """Times of one call in a replayed graph that holds one call of each.
 
         Each of ``prepare`` gives a call on memory of its own, so that in the graph, too, every call finds its inputs
         cold. It runs on the stream of the capture, since a backward follows its forward's stream.
@@ -107,9 +104,9 @@ class CudaTimer:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             results = [call() for call in calls]
-        self.warm_up(graph.replay)
+        warm_up_calls = self.warm_up(graph.replay)
         times = self.time_eager(graph.replay)
-        return [time / len(calls) for time in times], results[0]
+        return Replayed([time / len(calls) for time in times], results[0], warm_up_calls)
 
     def free(self) -> None:
         gc.collect()
@@ -130,7 +127,7 @@ Timer = CpuTimer | CudaTimer
 
 
 def make_timer(device: torch.device, seconds: float) -> Timer:
-    """A timer that measures each call for about ``seconds``."""
+    """A timer that measures each call for about ``seconds``, and warms it up before."""
     return CudaTimer(device, seconds) if device.type == "cuda" else CpuTimer(seconds)
 
 
@@ -143,6 +140,18 @@ def count_launches(call: Call) -> int | None:
         torch.cuda.synchronize()
     on_gpu = [event for event in profile.events() or [] if event.device_type.name == "CUDA"]
     return sum(not getattr(event, "is_user_annotation", False) for event in on_gpu) or None
+
+
+def _warm_up(call: Call, seconds: float, wait: Call) -> int:
+    """The number of calls made: WARM_UP_CALLS, or as many as fit into ``seconds``."""
+    started = time.perf_counter()
+    for count in range(1, WARM_UP_CALLS + 1):
+        call()
+        if count % 5 == 1 or count == WARM_UP_CALLS:
+            wait()
+            if time.perf_counter() - started > seconds:
+                return count
+    return WARM_UP_CALLS
 
 
 def _elapsed(starts: Sequence[torch.cuda.Event], ends: Sequence[torch.cuda.Event]) -> list[float]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flash_moe.bench.cases import ANCHORS, SETS, Case, Sizes, make_inputs, parse_sizes
 from flash_moe.bench.competitors import Bound, find_competitors
-from flash_moe.bench.timing import percentiles
+from flash_moe.bench.timing import Replayed, percentiles
 from flash_moe.bench.work import BACKWARD, FORWARD
 from flash_moe.ops._triton.launch import Config, launch_config, use_config
 from flash_moe.testing import poison_memory
@@ -36,7 +36,7 @@ Call = Callable[[], Any]
 class Timer(Protocol):
     """What tuning needs of ``bench.timing.CudaTimer``."""
 
-    def time_graph(self, prepare: Sequence[Callable[[], Call]]) -> tuple[list[float], Any]: ...
+    def time_graph(self, prepare: Sequence[Callable[[], Call]]) -> Replayed: ...
     def free(self) -> None: ...
 
 
@@ -243,5 +243,4 @@ def _time(kernel: str, config: Config, bound: Bound, timer: Timer) -> float:
     """In a graph: at small sizes an eager call would measure the host."""
     which = TUNABLES[kernel].which
     with use_config(kernel, config), torch.set_grad_enabled(which != FORWARD):
-        times, _ = timer.time_graph([partial(bound.prepare, which)])
-    return percentiles(times)[1]
+        return percentiles(timer.time_graph([partial(bound.prepare, which)]).times)[1]
