@@ -7,12 +7,13 @@ NAME is one of
     training         the runs of flash-moe train, one line a run
     loss curve       the picture of the GPU run, where one is committed
     gpu OP, cpu OP   the timings of one op or layer on that kind of device
+    anchors OP       published times and goals of router, expert, mlp or layer beside ours, where the rows have them
 
 A timing row has op, case, backend, pass, time_us [p20, p50, p80], torch, commit, date, and gpu or cpu (a name; with
 cpu also threads); it may have dtype, gb_per_s, tflops, peak_mib and triton. A training row is the line of kind "result"
 at the end of a run's metrics.jsonl, or has preset, steps, seconds, heldout_bits_per_byte, tokens_per_s, params, torch,
 commit, date, and gpu or cpu. Of rows that measure the same thing on the same device the last counts. Only the .jsonl
-files of the folder itself are read: raw data goes into subfolders.
+files of the folder itself are read: raw data goes into subfolders. Published times and goals are in anchors.json.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+ANCHORS = Path("benchmarks/anchors.json")
 LOSS_CURVE = Path("benchmarks/results/train_gpu/loss.png")
 TIMING_FIELDS = ("op", "case", "backend", "pass", "time_us", "torch", "commit", "date")
 TRAINING_FIELDS = (
@@ -31,6 +33,9 @@ TRAINING_FIELDS = (
 )  # fmt: skip
 # The ratio column compares with this backend: plain PyTorch, which gathers [T, K, H] and ranks every candidate.
 BASELINE = "reference"
+OURS = "triton"
+# By how much a time that is to be as good as another may be above it: medians of two runs differ by that.
+NOISE = 0.03
 MARKED = re.compile(r"(?P<open><!-- table: (?P<name>[^>]+?) -->\n)(?P<body>.*?)(?P<close><!-- /table -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -44,6 +49,13 @@ WORDS = {
         "case": "case", "pass": "pass", "backend": "backend", "time": "time, ms (p20 to p80)", "ratio": "speed-up",
         "gb_per_s": "TB/s", "tflops": "TFLOP/s", "peak_mib": "peak MiB", "commit": "commit", "threads": "threads",
         "loss curve": "Loss of the GPU run: bits per byte over training steps",
+        "published": "published FlashMoE, ms", "pytorch": "best PyTorch, ms", "ours": "ours, ms",
+        "graph": "ours in a CUDA graph, ms", "roof": "roof, ms", "share": "of the roof", "goal": "goal, ms",
+        "holds": "goal holds", "yes": "yes", "no": "no",
+        "repaired": "repaired", "broken": "does not compile; repaired", "refuses": "refuses K > N",
+        "eager": "not in a graph; eager", "incomplete": "part of the output missing; repaired",
+        "uniform": "as fast as uniform", "float32": "as fast as float32", "gathering": "× as fast as gathering",
+        "anchors": "Published and PyTorch times",
     },
     "zh": {
         "none": "尚未提交任何数据。",
@@ -53,6 +65,13 @@ WORDS = {
         "case": "规模", "pass": "阶段", "backend": "后端", "time": "耗时，毫秒（p20 至 p80）", "ratio": "加速比",
         "gb_per_s": "TB/s", "tflops": "TFLOP/s", "peak_mib": "峰值 MiB", "commit": "提交", "threads": "线程",
         "loss curve": "GPU 训练的损失曲线：每字节比特数随步数的变化",
+        "published": "已发布的 FlashMoE，毫秒", "pytorch": "最快的 PyTorch，毫秒", "ours": "本库，毫秒",
+        "graph": "本库（CUDA graph），毫秒", "roof": "上限，毫秒", "share": "占上限", "goal": "目标，毫秒",
+        "holds": "达到目标", "yes": "是", "no": "否",
+        "repaired": "修复后", "broken": "无法编译；修复后", "refuses": "拒绝 K > N",
+        "eager": "无法捕获；eager", "incomplete": "部分输出缺失；修复后",
+        "uniform": "与均匀路由一样快", "float32": "与 float32 一样快", "gathering": "× 快于逐行读取",
+        "anchors": "已发布的与 PyTorch 的耗时",
     },
 }  # fmt: skip
 PASSES = {
@@ -170,8 +189,11 @@ def render_table(name: str, rows: Sequence[Row], language: str, root: Path, path
             return words["none"] + "\n"
         up = "../" * len(path.relative_to(root).parent.parts)
         return f"![{words['loss curve']}]({up}{LOSS_CURVE.as_posix()})\n"
+    if name.startswith("anchors "):
+        return anchors_table(name.removeprefix("anchors "), rows, words, language, root)
     if name != "training" and not re.fullmatch(r"(gpu|cpu) \w+(: .+)?", name):
-        raise ValueError(f"{path.name}: expected the table training, loss curve, gpu OP or cpu OP; got {name!r}")
+        expected = "training, loss curve, gpu OP, cpu OP or anchors OP"
+        raise ValueError(f"{path.name}: expected the table {expected}; got {name!r}")
     table, _, sizes = name.partition(": ")  # "gpu FlashMoE: T 4096" is the cases that begin so
     chosen = [row for row in rows if table_of(row) == table and (not sizes or row["case"].startswith(f"{sizes}, "))]
     if not chosen:
@@ -223,6 +245,78 @@ def timing_table(rows: Sequence[Row], words: dict[str, str], language: str) -> s
     return markdown(header, lines, left=3)
 
 
+def anchors_table(op: str, rows: Sequence[Row], words: dict[str, str], language: str, root: Path) -> str:
+    """A line for each case and pass of anchors.json, with our times on the same GPU where there are rows."""
+    anchors = json.loads((root / ANCHORS).read_text(encoding="utf-8"))
+    if op not in anchors or op in ("gpu", "measured"):
+        raise ValueError(f"{ANCHORS.name}: expected the anchors of {op!r}; got none")
+    ours = {anchored(row): row for row in rows if row.get("gpu") == anchors["gpu"] and row.get("backend") == OURS}
+    keys = ("case", "pass", "published", "pytorch", "ours", "graph", "roof", "share", "goal", "holds")
+    lines, used = [], []
+    for anchor in anchors[op]:
+        eager, graph = (ours.get(anchored({**anchor, "launch": launch})) for launch in ("eager", "graph"))
+        used += [row for row in (eager, graph) if row]
+        best = graph or eager
+        lines.append([
+            anchor_case(anchor),
+            PASSES[anchor["pass"]][language],
+            published(anchor, words),
+            three_digits(min(anchor["pytorch_ms"].values())) if anchor.get("pytorch_ms") else "",
+            three_digits(eager["time_us"][1] / 1000) if eager else "",
+            three_digits(graph["time_us"][1] / 1000) if graph else "",
+            three_digits(best["roof_us"] / 1000) if best else "",
+            f"{100 * best['roof_us'] / best['time_us'][1]:.0f} %" if best else "",
+            goal(anchor, words),
+            words["yes" if goal_holds(anchor, best, ours) else "no"] if best else "",
+        ])  # fmt: skip
+    made = {**anchors["measured"], "gpu": anchors["gpu"]}
+    versions = f"{environment(made, words)}, {made['date']}"
+    source = f"{words['anchors']}: {versions}{words['stop']}\n"
+    return markdown([words[key] for key in keys], lines, left=2) + (caption(used, words) if used else "\n") + source
+
+
+def anchored(row: Row) -> tuple[object, ...]:
+    """What a row and an anchor have in common."""
+    routing = row.get("routing") or "uniform"
+    launch = row.get("launch") or "eager"
+    return row["op"], str(row.get("sizes")), row.get("dtype"), routing, row["pass"], launch
+
+
+def anchor_case(anchor: Row) -> str:
+    sizes = ", ".join(f"{name} {size}" for name, size in anchor["sizes"].items())
+    routing = anchor.get("routing", "uniform")
+    return f"{sizes}, {anchor['dtype']}" if routing == "uniform" else f"{sizes}, {routing}, {anchor['dtype']}"
+
+
+def published(anchor: Row, words: dict[str, str]) -> str:
+    times = anchor.get("published_ms", [])
+    times = times if isinstance(times, list) else [times]
+    text = " – ".join(three_digits(time) for time in times)
+    note = anchor.get("published_note")
+    return f"{words[note]} {text}".strip() if note else text
+
+
+def goal(anchor: Row, words: dict[str, str]) -> str:
+    if "goal_ms" in anchor:
+        return three_digits(anchor["goal_ms"])
+    if "times_faster_than_gathering" in anchor["goal"]:
+        return f"{anchor['goal']['times_faster_than_gathering']} {words['gathering']}"
+    (other,) = anchor["goal"]["as_fast_as"].values()
+    return words[other]
+
+
+def goal_holds(anchor: Row, best: Row, ours: dict[tuple[object, ...], Row]) -> bool:
+    """By the time in a graph where there is one; a relative goal by the other row measured in the same way."""
+    time_us = best["time_us"][1]
+    if "goal_ms" in anchor:
+        return bool(time_us <= 1000 * anchor["goal_ms"])
+    if "times_faster_than_gathering" in anchor["goal"]:
+        gather_us = best.get("roof_gather_us") or 0.0  # of the plainest gather of the same rows
+        return bool(time_us * anchor["goal"]["times_faster_than_gathering"] <= gather_us)
+    other = ours.get(anchored({**best, **anchor["goal"]["as_fast_as"]}))
+    return other is not None and bool(time_us <= (1 + NOISE) * other["time_us"][1])
+
+
 def measured(row: Row) -> tuple[str, str]:
     return case(row), row["pass"]
 
@@ -259,6 +353,10 @@ def short(commit: str) -> str:
 def milliseconds(time_us: float) -> str:
     ms = time_us / 1000
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
+
+
+def three_digits(ms: float) -> str:
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def quantity(key: str, value: float) -> str:

@@ -514,6 +514,94 @@ def test_mistakes_are_said_before_anything_is_measured(monkeypatch, capsys, tmp_
     assert not list(tmp_path.iterdir())
 
 
+# Anchors
+
+
+def anchored_row(anchor, time_us, launch="eager", **more):
+    return {
+        "case": "any", "backend": "triton", "launch": launch, "time_us": [time_us] * 3, "roof_us": 4.0,
+        "gpu": "NVIDIA H200", "torch": "2", "commit": "0123456789", "date": "2026-01-02", "roof_gather_us": 30.0,
+        **{name: anchor.get(name) for name in ("op", "sizes", "dtype", "pass", "routing")}, **more,
+    }  # fmt: skip
+
+
+def anchor_lines(tmp_path, op, rows, language="en"):
+    """The generated table, without its header and captions: a list of cells for each line."""
+    tables = load_tables()
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "benchmarks" / "anchors.json").write_text((ROOT / "benchmarks" / "anchors.json").read_text())
+    (results / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name = "README.md" if language == "en" else "README_zh.md"
+    shown = "".join(f"<!-- table: {table} -->\n<!-- /table -->\n" for table in {tables.table_of(row) for row in rows})
+    (tmp_path / name).write_text(f"<!-- table: anchors {op} -->\n<!-- /table -->\n{shown}")
+    assert tables.main(["--root", str(tmp_path)]) == 0
+    text = (tmp_path / name).read_text().partition("<!-- /table -->")[0]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| T ")]
+
+
+def anchors_of(op):
+    return json.loads((ROOT / "benchmarks" / "anchors.json").read_text())[op]
+
+
+@pytest.mark.parametrize("op", LETTERS)
+def test_every_anchor_is_a_case_that_the_bench_measures(op):
+    for anchor in anchors_of(op):
+        assert tuple(anchor["sizes"].values()) in ANCHORS[op]
+        assert "".join(anchor["sizes"]) == LETTERS[op]
+        assert ("goal_ms" in anchor) != ("goal" in anchor)
+        cases = {(str(case.dtype).removeprefix("torch."), case.routing) for case in find_cases(op, None, None, "cuda")}
+        assert (anchor["dtype"], anchor.get("routing")) in cases
+
+
+@pytest.mark.parametrize("op", LETTERS)
+def test_anchors_stand_without_rows(op, tmp_path):
+    lines = anchor_lines(tmp_path, op, [])
+    assert len(lines) == len(anchors_of(op))
+    assert all(line[4:8] == [""] * 4 and line[9] == "" for line in lines)
+
+
+def test_times_stand_beside_goals(tmp_path):
+    first = anchors_of("router")[0]
+    assert (first["goal_ms"], first["published_ms"]) == (0.008, 0.084)
+    eager, slow = anchored_row(first, 8.5), anchored_row(first, 8.0, gpu="Another GPU")
+    (line, *others) = anchor_lines(tmp_path, "router", [slow, eager])
+    case = "T 4096, N 64, K 8, float32"
+    assert line == [case, "forward", "0.084", "0.104", "0.0085", "", "0.004", "47 %", "0.008", "no"]
+    assert not any(other[4] for other in others)
+    # The time in a graph decides, and the last row of a case counts.
+    graph = anchored_row(first, 8.0, "graph")
+    (line, *_) = anchor_lines(tmp_path, "router", [anchored_row(first, 9.0, "graph"), graph, eager])
+    assert line[4:] == ["0.0085", "0.008", "0.004", "50 %", "0.008", "yes"]
+    (line, *_) = anchor_lines(tmp_path, "router", [graph], "zh")
+    assert line[1::8] == ["前向", "是"]
+
+
+@pytest.mark.parametrize("uniform_us, expected", [(100.0, "yes"), (98.0, "yes"), (96.0, "no")])
+def test_skewed_routing_is_held_against_uniform(uniform_us, expected, tmp_path):
+    anchors = anchors_of("expert")
+    hot = next(i for i, each in enumerate(anchors) if each["routing"] == "hot" and each["pass"] == FORWARD)
+    rows = [anchored_row(anchors[hot], 100.0), anchored_row({**anchors[hot], "routing": "uniform"}, uniform_us)]
+    line = anchor_lines(tmp_path, "expert", rows)[hot]
+    assert line[0] == "T 4096, H 1024, E 16384, K 64, hot, bfloat16"
+    assert line[8:] == ["as fast as uniform", expected]
+    alone = anchor_lines(tmp_path, "expert", rows[:1])[hot]
+    assert alone[9] == "no"
+
+
+@pytest.mark.parametrize("time_us, expected", [(10.0, "yes"), (10.1, "no")])
+def test_dense_products_are_held_against_gathering(time_us, expected, tmp_path):
+    anchors = anchors_of("expert")
+    dense = next(i for i, each in enumerate(anchors) if each.get("goal") == {"times_faster_than_gathering": 3})
+    line = anchor_lines(tmp_path, "expert", [anchored_row(anchors[dense], time_us)])[dense]
+    assert line[8:] == ["3 × as fast as gathering", expected]
+
+
+def test_unknown_anchors_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"anchors.json: expected the anchors of 'coffee'; got none"):
+        anchor_lines(tmp_path, "coffee", [])
+
+
 # Pictures
 
 
