@@ -6,11 +6,12 @@ float32 and in a fixed order. With P [T, E] the coefficients of the pairs, zero 
   token sums    P @ table
   expert sums   P^T @ rows
 P is never in memory. What it costs to make a tile of it decides: an H200 multiplies a tile of 128 tokens x 64 experts
-by 64 x 256 table values in 1024 clocks, in which an SM issues at most 16 instructions for each of the 8192 coefficients.
-Comparing every pair of the token with every expert of the tile takes 3 K; finding a coefficient by a bit mask and the
-number of bits before it takes about 10, and 1 of the 16 population counts a clock. So each token's pairs are sorted by
-expert once, and each group of 8 experts of which it chose any becomes 8 values, zeros among them, that one 16-byte load
-brings in (``Compressed``): about 1 instruction a coefficient, at most 16 bytes a pair, and 2 bytes a group to find them.
+by 64 x 256 table values in 1024 clocks (2048 products a clock and SM), in which an SM can issue 16 instructions for
+each of the 8192 coefficients. Comparing every pair of the token with every expert of the tile takes 3 K; finding a
+coefficient by a bit mask and the number of bits before it about 10, of them a population count, 16 a clock. So each
+token's pairs are sorted by expert once, and each group of 8 experts of which it chose any becomes 8 values, zeros among
+them, that one 16-byte load brings in (``Compressed``): about 1 instruction a coefficient. Memory: at most 16 bytes a
+pair, and 2 bytes for each token and group to find them.
 
 Unlike a gather, P @ table multiplies every row by something: an infinity or NaN in a row reaches all sums as NaN.
 """
@@ -44,8 +45,8 @@ class Tile:
     num_stages: int
 
 
-# 128 x 256 results are all the registers of a block of 256 threads, and the smallest tile whose operands L2 can deliver:
-# 48 bytes a clock and SM at full rate, 64 for 128 x 128.
+# The sums of 128 x 256 results fill half of an SM's registers. Its operands ask L2 for 48 bytes a clock and SM at full
+# rate, those of 128 x 128 for 64.
 DOTS_TILE = Tile(128, 256, 64, 8, 3)
 TOKEN_SUMS_TILE = Tile(128, 256, 64, 8, 3)
 EXPERT_SUMS_TILE = Tile(128, 256, 64, 8, 3)
@@ -53,6 +54,51 @@ EXPERT_SUMS_TILE = Tile(128, 256, 64, 8, 3)
 FLOAT32_TILE = Tile(32, 64, 32, 4, 2)
 # Pairs of a token that the dots' last step looks up at a time.
 DOTS_BLOCK_K = 128
+
+
+# What the choice between gathering and this file rests on: to be measured, in microseconds, bytes and products.
+GATHER_BYTES_PER_US = {"dots": 8.0e6, "token_sums": 9.2e6, "expert_sums": 8.0e6}
+GATHER_BYTES_PER_US_BEYOND_L2 = {"dots": 7.4e6, "token_sums": 8.6e6, "expert_sums": 7.4e6}
+GATHER_SORT_PAIRS_PER_US = 8e3  # half the sort's: a backward sorts once for two tables
+PRODUCTS_PER_US_AND_SM = 2.6e6
+PICKED_PAIRS_PER_US_AND_SM = 7e3
+COMPRESSED_PAIRS_PER_US = 9e4
+SPLIT_BYTES_PER_US = 4e6
+LAUNCH_US = 2.5
+
+
+def predict_us(
+    product: str, T: int, H: int, E: int, K: int, itemsize: int, l2_nbytes: int, multiprocessors: int
+) -> tuple[float, float]:
+    """Microseconds that ``product`` ("dots", "token_sums", "expert_sums") takes gathered, and on tensor cores.
+
+    Gathering moves one row for each pair. Tensor cores multiply by every row, in whole waves of tiles; the dots then
+    look through all K pairs of a tile's tokens, and the sums compress the pairs first and add up what was split.
+    """
+    table = (T if product == "expert_sums" else E) * H * itemsize
+    rate = (GATHER_BYTES_PER_US if table <= 0.8 * l2_nbytes else GATHER_BYTES_PER_US_BEYOND_L2)[product]
+    gathered = T * K * H * itemsize / rate + LAUNCH_US
+    if product == "expert_sums":
+        gathered += T * K / GATHER_SORT_PAIRS_PER_US
+    if itemsize != 2:
+        return gathered, float("inf")
+    tile = {"dots": DOTS_TILE, "token_sums": TOKEN_SUMS_TILE, "expert_sums": EXPERT_SUMS_TILE}[product]
+    R, C, length = {"dots": (T, E, H), "token_sums": (T, H, E), "expert_sums": (E, H, T)}[product]
+    num_programs = triton.cdiv(R, tile.rows) * triton.cdiv(C, tile.columns)
+    num_splits = 1 if product == "dots" else _num_splits(length, num_programs, multiprocessors)
+    program = tile.rows * tile.columns * length / num_splits / PRODUCTS_PER_US_AND_SM
+    rest = T * K / COMPRESSED_PAIRS_PER_US + LAUNCH_US
+    if product == "dots":
+        program += tile.rows * K / PICKED_PAIRS_PER_US_AND_SM
+        rest = 0.0
+    if num_splits > 1:
+        rest += num_splits * R * C * 4 / SPLIT_BYTES_PER_US + LAUNCH_US
+    return gathered, triton.cdiv(num_programs * num_splits, multiprocessors) * program + rest + LAUNCH_US
+
+
+def _num_splits(length: int, num_programs: int, multiprocessors: int) -> int:
+    """Among how many programs a sum of ``length`` rows is shared out, where its tiles are too few for the GPU."""
+    return max(1, min(multiprocessors // max(1, num_programs), length // MIN_SPLIT))
 
 
 @dataclass(frozen=True)
@@ -125,7 +171,9 @@ def _compress_kernel(
 
 
 @triton.jit
-def _load_tile(tile_ptr, rows_left, columns_left, H, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, EVEN_H: tl.constexpr):
+def _load_tile(
+    tile_ptr, rows_left, columns_left, H, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, EVEN_H: tl.constexpr
+):
     """Rows of H from ``tile_ptr`` on. Past the last row it is read again: nothing uses it, or its coefficient is 0."""
     r = tl.minimum(tl.arange(0, BLOCK_R), rows_left - 1)
     c = tl.arange(0, BLOCK_C)
@@ -139,7 +187,7 @@ def _load_tile(tile_ptr, rows_left, columns_left, H, BLOCK_R: tl.constexpr, BLOC
 def _load_coefficients(
     slots_ptr, values_ptr, tokens_left, groups_left, T, K, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
 ):
-    """The tile [BLOCK_T, BLOCK_E] of P whose first token's values are at ``values_ptr`` and whose slots at ``slots_ptr``.
+    """The tile [BLOCK_T, BLOCK_E] of P; the pointers are at its first token's values and its first group's slots.
 
     Loaded group by group, so that the 16 bytes of neighbouring tokens, which a product reads together, lie side by side
     in shared memory.
@@ -274,7 +322,7 @@ def _expert_sums_kernel(
     BLOCK_T: tl.constexpr,
     EVEN_H: tl.constexpr,
 ):
-    """out[split] = P^T @ rows over the split's tokens. The tile of P is read as it lies and transposed by the product."""
+    """out[split] = P^T @ rows over the split's tokens. P's tile is read as it lies, and transposed for the product."""
     column_blocks = tl.cdiv(H, BLOCK_H)
     first_e = (tl.program_id(0) // column_blocks).to(tl.int64) * BLOCK_E
     first_h = tl.program_id(0) % column_blocks * BLOCK_H
@@ -436,7 +484,7 @@ def _sums(
 
 
 def _split(length: int, num_programs: int, depth: int, operand: Tensor) -> int:
-    """Rows a program sums, whole steps of them: all, unless the programs are too few for the GPU."""
+    """Rows that a program sums, in whole steps."""
     multiprocessors = torch.cuda.get_device_properties(operand.device).multi_processor_count if operand.is_cuda else 1
-    num_splits = max(1, min(multiprocessors // max(1, num_programs), length // MIN_SPLIT))
+    num_splits = _num_splits(length, num_programs, multiprocessors)
     return depth * max(1, triton.cdiv(length, num_splits * depth))
