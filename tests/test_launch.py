@@ -335,6 +335,7 @@ def test_what_is_tuned_can_be_chosen(fake):
     [
         ([], "tune: expected a CUDA GPU to time the kernels on; got none"),
         (["dots", "--case", "4x8x16x2"], "tune: expected a CUDA GPU"),
+        (["dots", "--seconds", "0"], "seconds: expected a number above 0"),
         (["coffee"], "kernel: expected one of dots, token_sums,"),
         (["dots", "--case", "4x8"], "case: expected one of anchors, sweep, small, or sizes TxHxExK of expert"),
     ],

@@ -94,6 +94,8 @@ def tune(
 ) -> None:
     """Find the fastest launch config of each kernel on this GPU, and write the table that the kernels ship with."""
     jobs = find_jobs(kernels or (), case or ())
+    if not 0 < seconds <= 60:
+        raise ValueError(f"seconds: expected a number above 0, at most 60; got {seconds}")
     if not torch.cuda.is_available():
         raise ValueError("tune: expected a CUDA GPU to time the kernels on; got none")
     device = torch.device("cuda", torch.cuda.current_device())

@@ -80,23 +80,31 @@ def every(**choices: Sequence[int]) -> Iterator[dict[str, int]]:
 
 def _tiles(rows: str, row_choices: Sequence[int], unroll: Sequence[int]) -> tuple[Config, ...]:
     """Tiles of rows that keep 16 to 64 elements a thread in flight: fewer leave memory idle, more spill."""
-    configs = every(**{rows: row_choices}, BLOCK_H=(128, 256, 512, 1024), UNROLL=unroll, num_warps=(1, 2, 4))
+    configs = every(**{rows: row_choices}, BLOCK_H=(128, 256, 512, 1024), UNROLL=unroll, num_warps=(1, 2))
     return tuple(c for c in configs if 16 <= c[rows] * c["BLOCK_H"] // (32 * c["num_warps"]) <= 64)
 
 
 _EXPERT_LETTERS = ("T", "H", "E", "K")
-_TOKEN_TILES = _tiles("BLOCK_K", (1, 2, 4, 8, 16), (1, 2, 4))
+_TOKEN_TILES = _tiles("BLOCK_K", (1, 2, 4, 8), (1, 4))
 _EXPERT_TILES = _tiles("BLOCK_P", (1, 2, 4), (1, 2))
 _ROUTER_BLOCKS = tuple(every(BLOCK_N=(32, 64, 128, 256), BLOCK_K=(4, 8, 16), num_warps=(1, 2, 4)))
 _GATED_BLOCKS = tuple(every(BLOCK=(512, 1024, 2048, 4096), num_warps=(2, 4, 8)))
+# Small and large tables and numbers of tokens; the look-up finds the nearest for all else.
+_EXPERT_CASES = (
+    (4096, 1024, 16384, 64),
+    (4096, 1024, 102400, 512),
+    (1024, 1024, 4096, 32),
+    (8192, 2048, 1048576, 64),
+    (1, 1024, 16384, 64),
+)
 _MLP_CASES = ((1, 1024, 4096), (64, 1024, 4096), (4096, 1024, 4096))
 _TINY_EXPERT = ((2, 300, 5, 3), (1, 16, 3, 9))
 _TINY_ROUTER = ((2, 5, 11), (1, 40, 3))
 _TINY_MLP = ((1, 4, 1), (5, 8, 1001))
 TUNABLES = {
-    "dots": Tunable("expert", FORWARD, _EXPERT_LETTERS, _TOKEN_TILES, ANCHORS["expert"], _TINY_EXPERT),
-    "token_sums": Tunable("expert", FORWARD, _EXPERT_LETTERS, _TOKEN_TILES, ANCHORS["expert"], _TINY_EXPERT),
-    "expert_sums": Tunable("expert", BACKWARD, _EXPERT_LETTERS, _EXPERT_TILES, ANCHORS["expert"], _TINY_EXPERT),
+    "dots": Tunable("expert", FORWARD, _EXPERT_LETTERS, _TOKEN_TILES, _EXPERT_CASES, _TINY_EXPERT),
+    "token_sums": Tunable("expert", FORWARD, _EXPERT_LETTERS, _TOKEN_TILES, _EXPERT_CASES, _TINY_EXPERT),
+    "expert_sums": Tunable("expert", BACKWARD, _EXPERT_LETTERS, _EXPERT_TILES, _EXPERT_CASES, _TINY_EXPERT),
     "router_backward": Tunable("router", BACKWARD, ("T", "N", "K"), _ROUTER_BLOCKS, ANCHORS["router"], _TINY_ROUTER),
     "gated_forward": Tunable("mlp", FORWARD, ("numel",), _GATED_BLOCKS, _MLP_CASES, _TINY_MLP),
     "gated_backward": Tunable("mlp", BACKWARD, ("numel",), _GATED_BLOCKS, _MLP_CASES, _TINY_MLP),
