@@ -140,7 +140,7 @@ def test_reads_nothing_outside_its_inputs(dtype, device):
 def test_the_example_of_compressed(device):
     indices = torch.tensor([[17, 2, 17]], device=device)
     p = dense.compress(torch.tensor([[0.5, 3, 1]], device=device), indices, 20, torch.bfloat16)
-    assert p.slots.tolist() == [[0], [-1], [1]]
+    assert p.slots.tolist() == [[0] + [-1] * 15, [-1] * 16, [1] + [-1] * 15]
     assert p.values[0, :2].tolist() == [[0, 0, 3, 0, 0, 0, 0, 0], [0, 1.5, 0, 0, 0, 0, 0, 0]]
     assert p.scales is None
 
@@ -188,8 +188,9 @@ def test_the_larger_the_share_the_sooner_tensor_cores_win(product):
     assert pays(4096, 4096, 128)
     assert not pays(4096, 16384, 16)
     assert not pays(1, 1024, 64) or product == "expert_sums"
-    gathered, on_tensor_cores = dense.predict_us(product, 4096, 1024, 1024, 64, 4, 60 * 2**20, 132)
-    assert gathered < on_tensor_cores == float("inf")
+    for H, itemsize in ((1024, 4), (1032, 2)):
+        gathered, on_tensor_cores = dense.predict_us(product, 4096, H, 1024, 64, itemsize, 60 * 2**20, 132)
+        assert gathered < on_tensor_cores == float("inf")
 
 
 @pytest.mark.gpu

@@ -28,6 +28,7 @@ from flash_moe.ops._triton.math import dot, round_for
 GROUP = tl.constexpr(8)
 COMPRESS_BLOCK, COMPRESS_WARPS = 1024, 4
 ADD_BLOCK = 1024
+SLOTS_ALIGNMENT = 16
 # Row blocks that take turns at one column block, so that what programs read at one time stays in L2.
 ROW_BLOCKS_IN_TURN = 8
 # A sum over fewer rows than this is not split among programs.
@@ -80,7 +81,7 @@ def predict_us(
     gathered = T * K * H * itemsize / rate + LAUNCH_US
     if product == "expert_sums":
         gathered += T * K / GATHER_SORT_PAIRS_PER_US
-    if itemsize != 2:
+    if itemsize != 2 or H % 16 != 0:  # then no tensor cores, or no 16-byte loads
         return gathered, float("inf")
     tile = {"dots": DOTS_TILE, "token_sums": TOKEN_SUMS_TILE, "expert_sums": EXPERT_SUMS_TILE}[product]
     R, C, length = {"dots": (T, E, H), "token_sums": (T, H, E), "expert_sums": (E, H, T)}[product]
@@ -105,11 +106,13 @@ def _num_splits(length: int, num_programs: int, multiprocessors: int) -> int:
 class Compressed:
     """P without the groups of 8 experts that a token chose none of. An example with E = 20, so G = 3:
 
-    indices [[17, 2, 17]], coefficients [[.5, 3, 1]]  ->  slots [[0], [-1], [1]]
+    indices [[17, 2, 17]], coefficients [[.5, 3, 1]]  ->  slots, column 0 of 16: [0, -1, 1]; the others are -1
     values [[[0, 0, 3, 0, 0, 0, 0, 0], [0, 1.5, 0, 0, 0, 0, 0, 0], [anything]]]
     """
 
-    slots: Tensor  # [G, T] int16 or int32: the place of the group among the token's, -1 where it chose none of it
+    # [G, S] int16 or int32, where S is T rounded up to SLOTS_ALIGNMENT, so that rows are loaded 16 bytes at a time
+    # whatever T is: the place of the group among the token's, -1 where it chose none of it.
+    slots: Tensor
     values: Tensor  # [T, K, 8] in the dtype of the operands
     scales: Tensor | None  # float16: what the values were multiplied by, a power of two for each row of the result
 
@@ -127,6 +130,7 @@ def _compress_kernel(
     slots_ptr,
     values_ptr,
     T,
+    S,
     G,
     K,
     SCALES_BY_EXPERT: tl.constexpr,
@@ -142,7 +146,7 @@ def _compress_kernel(
     is_pair = (t < T) & (k < K)
     for first_g in range(0, G, BLOCK_G):
         g = (first_g + tl.arange(0, BLOCK_G)[None, :]).to(tl.int64)
-        tl.store(slots_ptr + g * T + t, tl.full([BLOCK_T, BLOCK_G], -1, tl.int32), mask=(t < T) & (g < G))
+        tl.store(slots_ptr + g * S + t, tl.full([BLOCK_T, BLOCK_G], -1, tl.int32), mask=(t < S) & (g < G))
     lane = tl.arange(0, GROUP)[None, None, :]
     nothing = tl.zeros([BLOCK_T, BLOCK_K, GROUP], values_ptr.dtype.element_ty)
     tl.store(values_ptr + (t * K + k)[:, :, None] * GROUP + lane, nothing, mask=is_pair[:, :, None])
@@ -165,7 +169,7 @@ def _compress_kernel(
 
     # Other threads of this block cleared what is written now.
     tl.debug_barrier()
-    tl.store(slots_ptr + (e // GROUP).to(tl.int64) * T + t, slot, mask=is_first_of_group)
+    tl.store(slots_ptr + (e // GROUP).to(tl.int64) * S + t, slot, mask=is_first_of_group)
     place = (t * K + slot) * GROUP + e % GROUP
     tl.store(values_ptr + place, round_for(values_ptr, total), mask=is_last_of_expert)
 
@@ -185,7 +189,7 @@ def _load_tile(
 
 @triton.jit
 def _load_coefficients(
-    slots_ptr, values_ptr, tokens_left, groups_left, T, K, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
+    slots_ptr, values_ptr, slots_left, groups_left, S, K, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
 ):
     """The tile [BLOCK_T, BLOCK_E] of P; the pointers are at its first token's values and its first group's slots.
 
@@ -194,7 +198,7 @@ def _load_coefficients(
     """
     BLOCK_G: tl.constexpr = BLOCK_E // GROUP
     g, t = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_T)[None, :]
-    slot = tl.load(slots_ptr + g * T + t, mask=(g < groups_left) & (t < tokens_left), other=-1).to(tl.int32)
+    slot = tl.load(slots_ptr + g * S + t, mask=(g < groups_left) & (t < slots_left), other=-1).to(tl.int32)
     offs = (t * K + slot)[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
     mask = tl.broadcast_to((slot >= 0)[:, :, None], [BLOCK_G, BLOCK_T, GROUP])
     values = tl.load(values_ptr + offs, mask=mask, other=0.0)
@@ -276,6 +280,7 @@ def _token_sums_kernel(
     T,
     H,
     E,
+    S,
     G,
     K,
     SPLIT,
@@ -290,16 +295,16 @@ def _token_sums_kernel(
     first_h = tl.program_id(0) % column_blocks * BLOCK_H
     split = tl.program_id(1).to(tl.int64)
     first_e = tl.program_id(1) * SPLIT
-    slots_ptr += split * (SPLIT // GROUP) * T + first_t
+    slots_ptr += split * (SPLIT // GROUP) * S + first_t
     values_ptr += first_t * K * GROUP
     table_ptr += split * SPLIT * H + first_h
-    tokens_left = (T - first_t).to(tl.int32)
+    slots_left = (S - first_t).to(tl.int32)
     acc = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     for e in range(first_e, tl.minimum(first_e + SPLIT, E), BLOCK_E):
-        p = _load_coefficients(slots_ptr, values_ptr, tokens_left, G - e // GROUP, T, K, BLOCK_T, BLOCK_E)
+        p = _load_coefficients(slots_ptr, values_ptr, slots_left, G - e // GROUP, S, K, BLOCK_T, BLOCK_E)
         table = _load_tile(table_ptr, E - e, H - first_h, H, BLOCK_E, BLOCK_H, EVEN_H)
         acc = dot(p, table, acc)
-        slots_ptr += BLOCK_E // GROUP * T
+        slots_ptr += BLOCK_E // GROUP * S
         table_ptr += BLOCK_E * H
     _store_sums(acc, scales_ptr, out_ptr + split * T * H, first_t, first_h, T, H, BLOCK_T, BLOCK_H, EVEN_H)
 
@@ -314,6 +319,7 @@ def _expert_sums_kernel(
     T,
     H,
     E,
+    S,
     G,
     K,
     SPLIT,
@@ -328,13 +334,13 @@ def _expert_sums_kernel(
     first_h = tl.program_id(0) % column_blocks * BLOCK_H
     split = tl.program_id(1).to(tl.int64)
     first_t = tl.program_id(1) * SPLIT
-    slots_ptr += first_e // GROUP * T + split * SPLIT
+    slots_ptr += first_e // GROUP * S + split * SPLIT
     values_ptr += split * SPLIT * K * GROUP
     rows_ptr += split * SPLIT * H + first_h
     groups_left = (G - first_e // GROUP).to(tl.int32)
     acc = tl.zeros([BLOCK_E, BLOCK_H], tl.float32)
     for t in range(first_t, tl.minimum(first_t + SPLIT, T), BLOCK_T):
-        p = _load_coefficients(slots_ptr, values_ptr, T - t, groups_left, T, K, BLOCK_T, BLOCK_E)
+        p = _load_coefficients(slots_ptr, values_ptr, S - t, groups_left, S, K, BLOCK_T, BLOCK_E)
         rows = _load_tile(rows_ptr, T - t, H - first_h, H, BLOCK_T, BLOCK_H, EVEN_H)
         acc = dot(tl.trans(p), rows, acc)
         slots_ptr += BLOCK_T
@@ -359,7 +365,8 @@ def compress(
     """The sparse operand of both sums; only float16, which must scale it, makes a different one for expert sums."""
     T, K = indices.shape
     G = triton.cdiv(num_experts, GROUP.value)
-    slots = indices.new_empty(G, T, dtype=torch.int16 if K < 2**15 else torch.int32)
+    S = triton.cdiv(T, SLOTS_ALIGNMENT) * SLOTS_ALIGNMENT
+    slots = indices.new_empty(G, S, dtype=torch.int16 if K < 2**15 else torch.int32)
     values = coefficients.new_empty(T, K, GROUP.value, dtype=dtype)
     scales = None
     if dtype == torch.float16:
@@ -370,13 +377,14 @@ def compress(
     block_t = max(1, min(COMPRESS_BLOCK // block_k, triton.next_power_of_2(T)))
     key_dtype = tl.int32 if (G + 1) * GROUP.value * block_k < 2**31 else tl.int64
     block_g = min(triton.next_power_of_2(G), COMPRESS_BLOCK)
-    _compress_kernel[(triton.cdiv(T, block_t),)](
+    _compress_kernel[(triton.cdiv(S, block_t),)](
         coefficients,
         indices,
         scales,
         slots,
         values,
         T,
+        S,
         G,
         K,
         for_expert_sums,
@@ -453,7 +461,7 @@ def _sums(
     sizes: tuple[int, int, int, int],
 ) -> Tensor:
     """``length``: how many rows of ``operand`` are summed. Programs too few for the GPU share them out in float32."""
-    (R, H), (T, _, E, K) = shape, sizes
+    (R, H), (T, _, E, K), (G, S) = shape, sizes, compressed.slots.shape
     num_programs = triton.cdiv(R, tile.rows) * triton.cdiv(H, tile.columns)
     split = _split(length, num_programs, tile.depth, operand)
     num_splits = max(1, triton.cdiv(length, split))
@@ -468,7 +476,8 @@ def _sums(
         T,
         H,
         E,
-        compressed.slots.shape[0],
+        S,
+        G,
         K,
         split,
         tile.rows,
