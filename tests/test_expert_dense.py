@@ -61,11 +61,16 @@ def by_hand(rows: Tensor, table: Tensor, coefficients: Tensor, indices: Tensor) 
 
 
 def assert_accurate(inputs: Inputs) -> None:
-    """No worse than the exact results rounded to the dtype, and the coefficients likewise."""
-    exact = by_hand(*to_float64(inputs))
-    dtype = inputs[0].dtype
-    low = (exact[0].float(), exact[1].to(dtype), exact[2].to(dtype))
-    assert_no_worse_than(low, exact, products(*inputs), NAMES)
+    exact, (dots, *sums) = by_hand(*to_float64(inputs)), products(*inputs)
+    assert_dots_close(dots, exact[0], inputs[0].shape[1])
+    assert_no_worse_than([x.to(inputs[0].dtype) for x in exact[1:]], exact[1:], sums, NAMES[1:])
+
+
+def assert_dots_close(dots: Tensor, exact: Tensor, H: int) -> None:
+    """Tensor cores cut float32 sums off instead of rounding them, once for every 16 products."""
+    assert (dots.dtype, dots.shape) == (torch.float32, exact.shape)
+    if exact.numel():
+        assert (dots - exact).abs().max() <= 1e-5 * max(1, H / 1024) * exact.abs().max()
 
 
 def assert_same_bits(actual: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
@@ -220,15 +225,15 @@ def test_relative_error_of_bfloat16(device):
     ids=["T*H past 2^31", "E*H past 2^31", "T*G past 2^31"],
 )
 def test_past_two_to_the_31(T, H, E, K, device):
-    """The last tokens, experts and columns; what else there is, is checked by its sum."""
+    """The last tokens and the last expert."""
     rows, table, coefficients, indices = make_inputs(T, H, E, K, torch.bfloat16, device)
     indices[-1, -1] = E - 1
     dots, token_sums, expert_sums = products(rows, table, coefficients, indices)
     chosen = table[indices[-8:]].double()
     last = coefficients[-8:].double()
     exact = (chosen @ rows[-8:].double()[:, :, None]).squeeze(2), (last[:, None] @ chosen).squeeze(1)
-    low = exact[0].float(), exact[1].bfloat16()
-    assert_no_worse_than(low, exact, (dots[-8:], token_sums[-8:]), NAMES[:2])
+    assert_dots_close(dots[-8:], exact[0], H)
+    assert_no_worse_than([exact[1].bfloat16()], [exact[1]], [token_sums[-8:]], NAMES[1:2])
     t, k = (indices == E - 1).nonzero(as_tuple=True)
     exact = (coefficients[t, k].double() @ rows[t].double())[None]
     assert_no_worse_than([exact.bfloat16()], [exact], [expert_sums[-1:]], NAMES[2:])

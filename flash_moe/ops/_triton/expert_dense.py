@@ -60,7 +60,7 @@ DOTS_BLOCK_K = 128
 # What the choice between gathering and this file rests on: to be measured, in microseconds, bytes and products.
 GATHER_BYTES_PER_US = {"dots": 8.0e6, "token_sums": 9.2e6, "expert_sums": 8.0e6}
 GATHER_BYTES_PER_US_BEYOND_L2 = {"dots": 7.4e6, "token_sums": 8.6e6, "expert_sums": 7.4e6}
-GATHER_SORT_PAIRS_PER_US = 8e3  # half the sort's: a backward sorts once for two tables
+GATHER_SORT_PAIRS_PER_US = 8e3  # twice the sort's own: it serves two tables
 PRODUCTS_PER_US_AND_SM = 2.6e6
 PICKED_PAIRS_PER_US_AND_SM = 7e3
 COMPRESSED_PAIRS_PER_US = 9e4
