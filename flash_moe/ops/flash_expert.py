@@ -252,9 +252,8 @@ def _backward_rows(
     num_experts: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows = min(indices.numel(), num_experts)
     return _implementation(backend).expert_backward_rows(
-        grad_out, hidden_states, indices, grad_pre_activations, coefficients, num_rows
+        grad_out, hidden_states, indices, grad_pre_activations, coefficients, num_experts
     )
 
 

@@ -82,10 +82,10 @@ def expert_backward_tables(
 
 
 def expert_backward_rows(
-    grad_out: Tensor, hidden_states: Tensor, indices: Tensor, ds: Tensor, g: Tensor, num_rows: int
+    grad_out: Tensor, hidden_states: Tensor, indices: Tensor, ds: Tensor, g: Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``ids``, int64, and ``ddown``, ``dup [num_rows, H]`` of each distinct expert; the other rows are zeros."""
-    order, offsets, ids = group_by_distinct_key(indices.long().flatten(), num_rows)
+    """``ids``, int64, and ``ddown``, ``dup`` of each distinct expert, in min(P, E) rows; the rows left are zeros."""
+    order, offsets, ids = group_by_distinct_key(indices.long().flatten(), min(indices.numel(), num_experts))
     return ids, *_both_gradients(grad_out, hidden_states, ds, g, order, offsets)
 
 

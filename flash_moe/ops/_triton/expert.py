@@ -26,8 +26,8 @@ EXPERT_SUMS_TILE, EXPERT_SUMS_WARPS = (1, 1024), 2
 # before the next: at K 512, E 102400 (210 MB) 7.6 TB/s instead of 4.0. The sums' programs are in that order anyway.
 SLICE = 256
 BLOCKS_PER_PROGRAM_OF_A_SLICE = 4
-# Segments of two tiles of pairs or more are summed tile by tile in programs of their own. A tile of H / 16 pairs keeps
-# the tiles' float32 sums at 16 numbers a pair; shorter than MIN_HOT_TILE they would cost more than they save.
+# An expert that owns two tiles of pairs or more has them summed in programs of their own. A tile of H / 16 pairs keeps
+# the tiles' float32 sums at 32 numbers a pair; shorter than MIN_HOT_TILE they would cost more than they save.
 MIN_HOT_TILE = 64
 ELEMENTWISE_BLOCK = 1024
 
@@ -141,82 +141,127 @@ def _token_sums_kernel(
 
 @triton.jit
 def _add_pairs(
-    acc, start, end, rows_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P: tl.constexpr, UNROLL: tl.constexpr
+    ddown,
+    dup,
+    start,
+    end,
+    x_ptr,
+    dout_ptr,
+    dpre_activations_ptr,
+    coefficients_ptr,
+    order_ptr,
+    h,
+    H,
+    K,
+    BLOCK_P: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """acc [BLOCK_P, BLOCK_H] plus coefficient * row of the sorted pairs [start, end).
+    """ddown, dup [BLOCK_P, BLOCK_H] plus ds * x and coefficient * dout of the sorted pairs [start, end).
 
-    Unrolling pays for full tiles; for the short segments of most experts it costs a fifth.
+    Both at once: the pairs' numbers are read once, and twice as many bytes are in flight behind them. Unrolling pays for
+    full tiles; for the short segments of most experts it costs a fifth.
     """
     for first in tl.range(start, end, BLOCK_P, loop_unroll_factor=UNROLL):
         p = first + tl.arange(0, BLOCK_P)
-        pair = tl.load(order_ptr + p, mask=p < end, other=0)
+        pair = tl.load(order_ptr + p, mask=p < end, other=0).to(tl.int32)
+        ds = tl.load(dpre_activations_ptr + pair, mask=p < end, other=0.0)
         coefficients = tl.load(coefficients_ptr + pair, mask=p < end, other=0.0)
         mask = (p < end)[:, None] & (h < H)[None, :]
-        rows = tl.load(rows_ptr + (pair // K)[:, None] * H + h[None, :], mask=mask, other=0.0)
-        acc += coefficients[:, None] * rows.to(tl.float32)
-    return acc
+        offs = (pair // K).to(tl.int64)[:, None] * H + h[None, :]
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        ddown += ds[:, None] * x
+        dup += coefficients[:, None] * dout
+    return ddown, dup
+
+
+@triton.jit
+def _is_hot_tile(keys_ptr, start, P, HOT_TILE: tl.constexpr):
+    """Whether one expert owns the tile that starts at ``start``, and the tile before or behind it as well."""
+    key = tl.load(keys_ptr + start)
+    is_owned = key == tl.load(keys_ptr + start + HOT_TILE - 1)
+    has_before, has_behind = start >= HOT_TILE, start + 2 * HOT_TILE <= P
+    owns_before = has_before & (tl.load(keys_ptr + start - HOT_TILE, mask=has_before, other=0) == key)
+    owns_behind = has_behind & (tl.load(keys_ptr + start + 2 * HOT_TILE - 1, mask=has_behind, other=0) == key)
+    return is_owned & (owns_before | owns_behind)
 
 
 @triton.jit
 def _hot_tiles_kernel(
-    rows_ptr,
+    x_ptr,
+    dout_ptr,
+    dpre_activations_ptr,
     coefficients_ptr,
-    sorted_ids_ptr,
+    keys_ptr,
     order_ptr,
-    offsets_ptr,
     partials_ptr,
+    P,
     H,
     K,
     HOT_TILE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """partials[tile] = the sum of tile's HOT_TILE sorted pairs, where one expert owns them all and is hot."""
+    """partials[tile] = ddown's and dup's sum over the tile's HOT_TILE sorted pairs, if it is a hot one."""
     tile = tl.program_id(0).to(tl.int64)
     start = tile * HOT_TILE
-    e = tl.load(sorted_ids_ptr + start)
-    if e == tl.load(sorted_ids_ptr + start + HOT_TILE - 1):
-        length = tl.load(offsets_ptr + e + 1) - tl.load(offsets_ptr + e)
-        if length >= 2 * HOT_TILE:
-            h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-            acc = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
-            end = start + HOT_TILE
-            acc = _add_pairs(acc, start, end, rows_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P, 4)
-            tl.store(partials_ptr + tile * H + h, tl.sum(acc, 0), mask=h < H)
+    if _is_hot_tile(keys_ptr, start, P, HOT_TILE):
+        h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+        ddown = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
+        dup = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
+        ddown, dup = _add_pairs(
+            ddown, dup, start, start + HOT_TILE,
+            x_ptr, dout_ptr, dpre_activations_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P, 2,
+        )  # fmt: skip
+        tl.store(partials_ptr + 2 * tile * H + h, tl.sum(ddown, 0), mask=h < H)
+        tl.store(partials_ptr + (2 * tile + 1) * H + h, tl.sum(dup, 0), mask=h < H)
 
 
 @triton.jit
 def _expert_sums_kernel(
-    rows_ptr,
+    x_ptr,
+    dout_ptr,
+    dpre_activations_ptr,
     coefficients_ptr,
     order_ptr,
     offsets_ptr,
     partials_ptr,
-    out_ptr,
+    ddown_ptr,
+    dup_ptr,
     H,
     K,
     HOT_TILE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """out[e]: its pairs one by one; of a hot expert the ends one by one and the full tiles from ``partials``."""
-    e = tl.program_id(0).to(tl.int64)
+    """ddown[g], dup[g]: the group's pairs one by one; of hot tiles ``partials``, and their expert's ends one by one."""
+    g = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    start = tl.load(offsets_ptr + e).to(tl.int64)
-    end = tl.load(offsets_ptr + e + 1).to(tl.int64)
-    is_hot = end - start >= 2 * HOT_TILE
+    start = tl.load(offsets_ptr + g).to(tl.int64)
+    end = tl.load(offsets_ptr + g + 1).to(tl.int64)
+    is_hot = end // HOT_TILE - tl.cdiv(start, HOT_TILE) >= 2
     first_tile = tl.where(is_hot, tl.cdiv(start, HOT_TILE), 0)
     last_tile = tl.where(is_hot, end // HOT_TILE, 0)
     head_end = tl.where(is_hot, first_tile * HOT_TILE, end)
     tail_start = tl.where(is_hot, last_tile * HOT_TILE, end)
-    acc = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
-    acc = _add_pairs(acc, start, head_end, rows_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P, 1)
+    ddown = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
+    dup = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
+    ddown, dup = _add_pairs(
+        ddown, dup, start, head_end,
+        x_ptr, dout_ptr, dpre_activations_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P, 1,
+    )  # fmt: skip
     for first in range(first_tile, last_tile, BLOCK_P):
         tile = first + tl.arange(0, BLOCK_P)
         mask = (tile < last_tile)[:, None] & (h < H)[None, :]
-        acc += tl.load(partials_ptr + tile[:, None] * H + h[None, :], mask=mask, other=0.0)
-    acc = _add_pairs(acc, tail_start, end, rows_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P, 1)
-    tl.store(out_ptr + e * H + h, round_for(out_ptr, tl.sum(acc, 0)), mask=h < H)
+        offs = 2 * tile[:, None] * H + h[None, :]
+        ddown += tl.load(partials_ptr + offs, mask=mask, other=0.0)
+        dup += tl.load(partials_ptr + offs + H, mask=mask, other=0.0)
+    ddown, dup = _add_pairs(
+        ddown, dup, tail_start, end,
+        x_ptr, dout_ptr, dpre_activations_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P, 1,
+    )  # fmt: skip
+    tl.store(ddown_ptr + g * H + h, round_for(ddown_ptr, tl.sum(ddown, 0)), mask=h < H)
+    tl.store(dup_ptr + g * H + h, round_for(dup_ptr, tl.sum(dup, 0)), mask=h < H)
 
 
 def _clamp_tile(tile: tuple[int, int], hidden_size: int) -> tuple[int, int]:
@@ -317,10 +362,9 @@ def expert_backward_tables(
     num_experts: int,
 ) -> tuple[Tensor, Tensor]:
     """``ddown [E, H]`` and ``dup [E, H]``; an expert nobody chose gets zeros."""
-    groups = group_by_expert(indices, num_experts)
-    K = indices.shape[1]
     with torch.cuda.device_of(hidden_states):
-        return _expert_sums(hidden_states, dpre_activations, groups, K), _expert_sums(grad_out, coefficients, groups, K)
+        groups = group_by_expert(indices, num_experts)
+        return _expert_sums(grad_out, hidden_states, dpre_activations, coefficients, groups)
 
 
 def expert_backward_rows(
@@ -329,29 +373,32 @@ def expert_backward_rows(
     indices: Tensor,
     dpre_activations: Tensor,
     coefficients: Tensor,
-    num_rows: int,
+    num_experts: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``ids``, int64, and ``ddown``, ``dup [num_rows, H]`` of each distinct expert; the other rows are zeros."""
-    groups, ids = group_by_distinct_expert(indices, num_rows)
-    K = indices.shape[1]
+    """``ids``, int64, and ``ddown``, ``dup`` of each distinct expert, in min(P, E) rows; the rows left are zeros."""
     with torch.cuda.device_of(hidden_states):
-        ddown = _expert_sums(hidden_states, dpre_activations, groups, K)
-        return ids, ddown, _expert_sums(grad_out, coefficients, groups, K)
+        groups, ids = group_by_distinct_expert(indices, num_experts)
+        return ids, *_expert_sums(grad_out, hidden_states, dpre_activations, coefficients, groups)
 
 
-def _expert_sums(rows: Tensor, coefficients: Tensor, groups: Groups, num_experts_per_tok: int) -> Tensor:
-    numbers, order, offsets = groups
-    P, E, H, K = order.numel(), offsets.numel() - 1, rows.shape[1], num_experts_per_tok
-    out = rows.new_empty(E, H)
+def _expert_sums(
+    grad_out: Tensor, hidden_states: Tensor, dpre_activations: Tensor, coefficients: Tensor, groups: Groups
+) -> tuple[Tensor, Tensor]:
+    """``ddown`` and ``dup [G, H]``, a row for each group; an empty one gets zeros."""
+    (P,), H, K = groups.order.shape, hidden_states.shape[1], coefficients.shape[1]
+    num_groups = groups.offsets.numel() - 1
+    ddown, dup = (hidden_states.new_empty(num_groups, H) for _ in range(2))
     hot_tile = max(MIN_HOT_TILE, triton.next_power_of_2(H) // 16)
     num_tiles = P // hot_tile
-    partials = rows.new_empty(num_tiles, H, dtype=torch.float32)
+    partials = hidden_states.new_empty(num_tiles, 2, H, dtype=torch.float32)
     tile = _clamp_tile(EXPERT_SUMS_TILE, H)
     num_slices = triton.cdiv(H, tile[1])
-    _hot_tiles_kernel[(num_tiles, num_slices)](
-        rows, coefficients, numbers, order, offsets, partials, H, K, hot_tile, *tile, num_warps=EXPERT_SUMS_WARPS
+    rows = (hidden_states, grad_out, dpre_activations, coefficients)
+    if num_tiles >= 2:  # else none is hot
+        _hot_tiles_kernel[(num_tiles, num_slices)](
+            *rows, groups.keys, groups.order, partials, P, H, K, hot_tile, *tile, num_warps=EXPERT_SUMS_WARPS
+        )
+    _expert_sums_kernel[(num_groups, num_slices)](
+        *rows, groups.order, groups.offsets, partials, ddown, dup, H, K, hot_tile, *tile, num_warps=EXPERT_SUMS_WARPS
     )
-    _expert_sums_kernel[(E, num_slices)](
-        rows, coefficients, order, offsets, partials, out, H, K, hot_tile, *tile, num_warps=EXPERT_SUMS_WARPS
-    )
-    return out
+    return ddown, dup

@@ -1,44 +1,246 @@
-"""Pairs grouped by expert, without atomics and without waiting for the device. P pairs, G groups."""
+"""Pairs grouped by expert, without floating-point atomics and without waiting for the device.
+
+P pairs (token, expert), G groups, D values of a digit. A pair's place follows from counts of whole numbers and from its
+own number alone, so it is the same on every run.
+"""
 
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+# Up to here one program sorts all pairs in one launch.
+MAX_SINGLE_TILE = 1024
+# Pairs that a program of the counting sort ranks at once, its warps, and the most programs: each reads what all of them
+# counted.
+TILE, TILE_WARPS = 1024, 4
+MAX_PROGRAMS = 256
+MAX_DIGIT_BITS = 9
+# int16 holds one more bit than counts from 0 use, at half of int32's passes of a radix sort.
+INT16_EXPERTS = 2**16
+BLOCK = 1024
 
 
 class Groups(NamedTuple):
-    numbers: Tensor
-    """``[P]``, int32: the group of each pair, ascending."""
+    keys: Tensor
+    """``[P]``: the expert of each pair, less a constant; ascending."""
     order: Tensor
-    """``[P]``, int64: the pairs by group, and within a group by number."""
+    """``[P]``, int32 or int64: the pairs by expert, and of an expert by number."""
     offsets: Tensor
     """``[G + 1]``, int32: group g is pairs offsets[g] to offsets[g + 1] of ``order``."""
+
+
+@triton.jit
+def _sort_tile_kernel(ids_ptr, keys_ptr, order_ptr, P, IS_WIDE: tl.constexpr, BLOCK_P: tl.constexpr):
+    """All pairs by (id, number), packed into one integer each: 32 bits, or 64 where IS_WIDE."""
+    p = tl.arange(0, BLOCK_P)
+    ids = tl.load(ids_ptr + p, mask=p < P, other=0)
+    packed = ids.to(tl.int64 if IS_WIDE else tl.int32) * BLOCK_P + p
+    last = 0x7FFFFFFFFFFFFFFF if IS_WIDE else 0x7FFFFFFF
+    packed = tl.sort(tl.where(p < P, packed, last))
+    tl.store(keys_ptr + p, (packed // BLOCK_P).to(tl.int32), mask=p < P)
+    tl.store(order_ptr + p, (packed % BLOCK_P).to(tl.int32), mask=p < P)
+
+
+@triton.jit
+def _digits(keys_ptr, start, P, SHIFT: tl.constexpr, DIGITS: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The digits of BLOCK_P keys from ``start`` on, and DIGITS past the last key."""
+    p = start + tl.arange(0, BLOCK_P)
+    keys = tl.load(keys_ptr + p, mask=p < P, other=0).to(tl.int32)
+    return tl.where(p < P, (keys >> SHIFT) & (DIGITS - 1), DIGITS)
+
+
+@triton.jit
+def _count_digits_kernel(
+    keys_ptr, counts_ptr, P, tiles, SHIFT: tl.constexpr, DIGITS: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """counts[program, digit] over the program's ``tiles`` tiles."""
+    first = tl.program_id(0).to(tl.int64) * tiles * BLOCK_P
+    counts = tl.zeros([DIGITS], tl.int32)
+    for tile in range(0, tiles):
+        digits = _digits(keys_ptr, first + tile * BLOCK_P, P, SHIFT, DIGITS, BLOCK_P)
+        counts += tl.histogram(digits, DIGITS, mask=digits < DIGITS)
+    tl.store(counts_ptr + tl.program_id(0) * DIGITS + tl.arange(0, DIGITS), counts)
+
+
+@triton.jit
+def _first_places(counts_ptr, num_programs, DIGITS: tl.constexpr, ROWS: tl.constexpr):
+    """Where this program's first key of each digit goes: behind all smaller digits, and behind those of programs before.
+
+    Every program adds up all counts for itself, which is cheaper than a launch in between.
+    """
+    digit = tl.arange(0, DIGITS)
+    total = tl.zeros([DIGITS], tl.int32)
+    before = tl.zeros([DIGITS], tl.int32)
+    for start in range(0, num_programs, ROWS):
+        row = start + tl.arange(0, ROWS)
+        offs = row[:, None] * DIGITS + digit[None, :]
+        counts = tl.load(counts_ptr + offs, mask=(row < num_programs)[:, None], other=0)
+        total += tl.sum(counts, 0)
+        before += tl.sum(tl.where((row < tl.program_id(0))[:, None], counts, 0), 0)
+    return before + tl.cumsum(total, 0) - total
+
+
+@triton.jit
+def _place_kernel(
+    keys_ptr,
+    order_ptr,
+    counts_ptr,
+    sorted_keys_ptr,
+    sorted_order_ptr,
+    P,
+    tiles,
+    num_programs,
+    SHIFT: tl.constexpr,
+    DIGITS: tl.constexpr,
+    IS_FIRST: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One stable pass of a radix sort. A tile is sorted by (digit, place), so that what has one digit lies together."""
+    places = _first_places(counts_ptr, num_programs, DIGITS, ROWS)
+    first = tl.program_id(0).to(tl.int64) * tiles * BLOCK_P
+    for tile in range(0, tiles):
+        start = first + tile * BLOCK_P
+        digits = _digits(keys_ptr, start, P, SHIFT, DIGITS, BLOCK_P)
+        counts = tl.histogram(digits, DIGITS, mask=digits < DIGITS)
+        i = tl.arange(0, BLOCK_P)
+        packed = tl.sort(digits * BLOCK_P + i)
+        digit, source = packed // BLOCK_P, start + packed % BLOCK_P
+        mask = digit < DIGITS
+        # Of a digit's run in the sorted tile, the element at i goes to places + i - (where the run starts).
+        shift = tl.gather(places - (tl.cumsum(counts, 0) - counts), tl.where(mask, digit, 0), 0)
+        order = source.to(tl.int32) if IS_FIRST else tl.load(order_ptr + source, mask=mask, other=0)
+        keys = tl.load(keys_ptr + source, mask=mask, other=0).to(tl.int32)
+        tl.store(sorted_keys_ptr + i + shift, keys, mask=mask)
+        tl.store(sorted_order_ptr + i + shift, order, mask=mask)
+        places += counts
+
+
+@triton.jit
+def _lower_bound(keys_ptr, targets, P, num_steps, BLOCK: tl.constexpr):
+    """For each target the first p with keys[p] >= target, or P."""
+    low = tl.zeros([BLOCK], tl.int32)
+    high = low + P
+    for _ in range(0, num_steps):
+        middle = low + (high - low) // 2
+        keys = tl.load(keys_ptr + middle, mask=low < high, other=0).to(tl.int32)
+        is_less = (low < high) & (keys < targets)
+        high = tl.where(is_less, high, middle)
+        low = tl.where(is_less, middle + 1, low)
+    return low
+
+
+@triton.jit
+def _offsets_kernel(keys_ptr, offsets_ptr, P, G, num_steps, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """offsets[g] = the first p with keys[p] >= g + FIRST: by search, so that no long gap falls to one program."""
+    g = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(offsets_ptr + g, _lower_bound(keys_ptr, g + FIRST, P, num_steps, BLOCK), mask=g <= G)
+
+
+@triton.jit
+def _distinct_kernel(
+    numbers_ptr, keys_ptr, offsets_ptr, ids_ptr, P, G, num_steps, FIRST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """``_offsets_kernel`` for numbers from 1, and the id of each group; past the last group the ids in turn."""
+    g = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(offsets_ptr + g, _lower_bound(numbers_ptr, g + 1, P, num_steps, BLOCK), mask=g <= G)
+    num_distinct = tl.load(numbers_ptr + P - 1)
+    pair = _lower_bound(numbers_ptr, g % num_distinct + 1, P, num_steps, BLOCK)
+    keys = tl.load(keys_ptr + pair, mask=g < G, other=0)
+    tl.store(ids_ptr + g, keys.to(tl.int64) - FIRST, mask=g < G)
+
+
+def sort_pairs(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, int]:
+    """``keys`` and ``order`` as in ``Groups``, and the key of expert 0."""
+    if indices.numel() <= MAX_SINGLE_TILE:
+        return sort_tile(indices, num_experts)
+    return sort_by_torch(indices, num_experts)
+
+
+def sort_tile(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, int]:
+    """``sort_pairs`` of few pairs in one launch."""
+    P = indices.numel()
+    keys, order = (torch.empty(P, dtype=torch.int32, device=indices.device) for _ in range(2))
+    if P > 0:
+        block = triton.next_power_of_2(max(2, P))
+        is_wide = num_experts * block > 2**31
+        _sort_tile_kernel[(1,)](indices, keys, order, P, is_wide, block, num_warps=max(1, min(8, block // 128)))
+    return keys, order, 0
+
+
+def sort_by_torch(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, int]:
+    """``sort_pairs`` by ``torch.sort``, whose time is that of its keys' bytes."""
+    is_short = num_experts <= INT16_EXPERTS
+    first = -INT16_EXPERTS // 2 if is_short else 0
+    keys = torch.empty(indices.numel(), dtype=torch.int16 if is_short else torch.int32, device=indices.device)
+    torch.add(indices.flatten(), first, out=keys)
+    return *torch.sort(keys, stable=True), first
+
+
+def sort_by_counting(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, int]:
+    """``sort_pairs`` by a radix sort of only the bits that ids have: two launches a digit."""
+    P, bits = indices.numel(), max(1, (num_experts - 1).bit_length())
+    passes = triton.cdiv(bits, MAX_DIGIT_BITS)
+    digits = 2 ** triton.cdiv(bits, passes)
+    tiles = triton.cdiv(triton.cdiv(P, TILE), MAX_PROGRAMS)
+    num_programs = triton.cdiv(P, TILE * max(1, tiles))
+    counts = torch.empty(num_programs, digits, dtype=torch.int32, device=indices.device)
+    keys, order = indices.flatten(), counts
+    rows = max(1, 4096 // digits)
+    for step in range(passes):
+        shift = step * (digits.bit_length() - 1)
+        sorted_keys, sorted_order = (torch.empty(P, dtype=torch.int32, device=indices.device) for _ in range(2))
+        _count_digits_kernel[(num_programs,)](keys, counts, P, tiles, shift, digits, TILE, num_warps=TILE_WARPS)
+        _place_kernel[(num_programs,)](
+            keys,
+            order,
+            counts,
+            sorted_keys,
+            sorted_order,
+            P,
+            tiles,
+            num_programs,
+            shift,
+            digits,
+            step == 0,
+            TILE,
+            rows,
+            num_warps=TILE_WARPS,
+        )
+        keys, order = sorted_keys, sorted_order
+    return keys, order, 0
 
 
 def group_by_expert(indices: Tensor, num_experts: int) -> Groups:
     """A group for each of ``num_experts`` experts.
 
-    Example: indices [[2, 0], [2, 2]], 4 experts -> numbers [0, 2, 2, 2], order [1, 0, 2, 3], offsets [0, 1, 1, 4, 4].
+    Example: indices [[2, 0], [2, 2]], 4 experts -> order [1, 0, 2, 3], offsets [0, 1, 1, 4, 4].
     """
-    sorted_ids, order = torch.sort(indices.to(torch.int32).flatten(), stable=True)
-    experts = torch.arange(num_experts + 1, dtype=torch.int32, device=indices.device)
-    return Groups(sorted_ids, order, torch.searchsorted(sorted_ids, experts, out_int32=True))
+    keys, order, first = sort_pairs(indices, num_experts)
+    P, offsets = indices.numel(), torch.empty(num_experts + 1, dtype=torch.int32, device=indices.device)
+    grid = (triton.cdiv(num_experts + 1, BLOCK),)
+    _offsets_kernel[grid](keys, offsets, P, num_experts, P.bit_length(), first, BLOCK)
+    return Groups(keys, order, offsets)
 
 
-def group_by_distinct_expert(indices: Tensor, num_groups: int) -> tuple[Groups, Tensor]:
-    """A group for each distinct expert, and the experts' ids ``[num_groups]``, int64; nothing is as large as E.
+def group_by_distinct_expert(indices: Tensor, num_experts: int) -> tuple[Groups, Tensor]:
+    """min(P, num_experts) groups, one for each distinct expert, and the experts' ids, int64; nothing is as large as E.
 
-    ``num_groups``, known without asking the device, is at least the number of distinct experts. The groups beyond those
-    are empty and repeat the experts in turn, so that no expert gets many of them.
+    The groups beyond the distinct experts are empty and repeat those in turn, so that no expert gets many of them.
 
-    Example: indices [[7, 2], [7, 7]], 3 groups -> numbers [0, 1, 1, 1], order [1, 0, 2, 3], offsets [0, 1, 4, 4], ids
-    [2, 7, 2].
+    Example: indices [[7, 2], [7, 7]], 9 experts -> order [1, 0, 2, 3], offsets [0, 1, 4, 4, 4], ids [2, 7, 2, 7].
     """
-    sorted_ids, order = torch.sort(indices.to(torch.int32).flatten(), stable=True)
-    starts = torch.ones_like(sorted_ids, dtype=torch.bool)
-    torch.ne(sorted_ids[1:], sorted_ids[:-1], out=starts[1:])
-    numbers = starts.cumsum(0, dtype=torch.int32) - 1
-    rows = torch.arange(num_groups + 1, dtype=torch.int32, device=indices.device)
-    offsets = torch.searchsorted(numbers, rows, out_int32=True)
-    ids = sorted_ids[offsets[rows[:-1] % (numbers[-1:] + 1)]].long()
-    return Groups(numbers, order, offsets), ids
+    keys, order, first = sort_pairs(indices, num_experts)
+    P, G = indices.numel(), min(indices.numel(), num_experts)
+    starts = torch.ones_like(keys, dtype=torch.bool)
+    torch.ne(keys[1:], keys[:-1], out=starts[1:])
+    numbers = starts.cumsum(0, dtype=torch.int32)
+    offsets = torch.zeros(G + 1, dtype=torch.int32, device=indices.device)
+    ids = torch.empty(G, dtype=torch.int64, device=indices.device)
+    if G > 0:
+        grid = (triton.cdiv(G + 1, BLOCK),)
+        _distinct_kernel[grid](numbers, keys, offsets, ids, P, G, P.bit_length(), first, BLOCK)
+    return Groups(keys, order, offsets), ids
