@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flash_moe.ops._reference.expert import expert_reference
 from flash_moe.testing import (
     assert_no_worse_than,
     make_expert_inputs,
@@ -156,6 +157,17 @@ def test_one_compressed_operand_serves_both_sums(device):
     _, *want = products(rows, table, coefficients, indices)
     assert torch.equal(dense.dense_token_sums(coefficients, table, indices, p), want[0])
     assert torch.equal(dense.dense_expert_sums(rows, coefficients, indices, 9, p), want[1])
+
+
+@every_dtype
+def test_activation_and_weights_within_compress(dtype, device):
+    """The forward of the experts in two products: s = x . down, then sums of silu(s) * w."""
+    inputs, _ = make_expert_inputs(5, 37, 9, 6, dtype, device)
+    x, down, up, indices, weights = inputs
+    s = dense.dense_dots(x, down, indices)[0]
+    p = dense.compress(s, indices, len(up), dtype, weights=weights, hidden_act="silu")
+    exact = expert_reference(*to_float64(inputs))
+    assert_no_worse_than([exact.to(dtype)], [exact], [dense.dense_token_sums(s, up, indices, p)], ["out"])
 
 
 def test_float16_coefficients_of_any_size(device):

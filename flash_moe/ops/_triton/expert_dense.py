@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_moe.ops._triton.math import dot, round_for
+from flash_moe.ops._triton.math import activation, dot, round_for
 
 GROUP = tl.constexpr(8)
 COMPRESS_BLOCK, COMPRESS_WARPS = 1024, 4
@@ -123,8 +123,16 @@ def _add_to_same_expert(e, total, next_e, next_total):
 
 
 @triton.jit
+def _scale_for(largest):
+    """The power of two that brings a float32 ``largest`` >= 2^-100 into [2^14, 2^15), below the largest float16."""
+    exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 127, -100)
+    return ((127 + 14 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _compress_kernel(
     coefficients_ptr,
+    weights_ptr,
     indices_ptr,
     scales_ptr,
     slots_ptr,
@@ -133,7 +141,8 @@ def _compress_kernel(
     S,
     G,
     K,
-    SCALES_BY_EXPERT: tl.constexpr,
+    HIDDEN_ACT: tl.constexpr,
+    SCALE_BY_EXPERT: tl.constexpr,
     KEY_DTYPE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -157,6 +166,9 @@ def _compress_kernel(
     e = (key // BLOCK_K).to(tl.int32)
     pair = t * K + (key % BLOCK_K).to(tl.int32)
     coefficients = tl.load(coefficients_ptr + pair, mask=is_pair, other=0.0)
+    if weights_ptr is not None:
+        weights = tl.load(weights_ptr + pair, mask=is_pair, other=0.0).to(tl.float32)
+        coefficients = activation(coefficients, HIDDEN_ACT) * weights
     _, total = tl.associative_scan((e, coefficients), 1, _add_to_same_expert)
     everywhere = tl.broadcast_to(k, [BLOCK_T, BLOCK_K])
     previous = tl.gather(e, tl.maximum(everywhere - 1, 0), 1)
@@ -164,8 +176,14 @@ def _compress_kernel(
     is_last_of_expert = is_pair & ((following != e) | (k == BLOCK_K - 1))
     is_first_of_group = is_pair & ((previous // GROUP != e // GROUP) | (k == 0))
     slot = tl.cumsum(is_first_of_group.to(tl.int32), 1) - 1
+    total = tl.where(is_last_of_expert, total, 0.0)
     if scales_ptr is not None:
-        total *= tl.load(scales_ptr + (e if SCALES_BY_EXPERT else t), mask=is_pair, other=0.0)
+        if SCALE_BY_EXPERT:
+            total *= tl.load(scales_ptr + e, mask=is_pair, other=0.0)
+        else:
+            scale = _scale_for(tl.max(tl.abs(total), 1, keep_dims=True))
+            tl.store(scales_ptr + t, scale, mask=t < T)
+            total *= scale
 
     # Other threads of this block cleared what is written now.
     tl.debug_barrier()
@@ -360,25 +378,34 @@ def _add_splits_kernel(partials_ptr, out_ptr, numel, NUM_SPLITS: tl.constexpr, B
 
 
 def compress(
-    coefficients: Tensor, indices: Tensor, num_experts: int, dtype: torch.dtype, *, for_expert_sums: bool = False
+    coefficients: Tensor,
+    indices: Tensor,
+    num_experts: int,
+    dtype: torch.dtype,
+    *,
+    weights: Tensor | None = None,
+    hidden_act: str = "identity",
+    for_expert_sums: bool = False,
 ) -> Compressed:
-    """The sparse operand of both sums; only float16, which must scale it, makes a different one for expert sums."""
-    T, K = indices.shape
-    G = triton.cdiv(num_experts, GROUP.value)
+    """The sparse operand of a sum; with ``weights [T, K]`` of hidden_act(coefficients) * weights instead.
+
+    One serves both sums, but in float16, whose coefficients are scaled by the row of the result.
+    """
+    (T, K), G = indices.shape, triton.cdiv(num_experts, GROUP.value)
     S = triton.cdiv(T, SLOTS_ALIGNMENT) * SLOTS_ALIGNMENT
     slots = indices.new_empty(G, S, dtype=torch.int16 if K < 2**15 else torch.int32)
     values = coefficients.new_empty(T, K, GROUP.value, dtype=dtype)
     scales = None
     if dtype == torch.float16:
-        tokens = torch.arange(T, device=indices.device).repeat_interleave(K)
-        rows_of_pairs, R = (indices.flatten().long(), num_experts) if for_expert_sums else (tokens, T)
-        scales = _scales(coefficients, rows_of_pairs, R)
+        scales = coefficients.new_empty(T)
+        if for_expert_sums:
+            scales = _expert_scales(coefficients, indices, num_experts)
     block_k = max(2, triton.next_power_of_2(K))
     block_t = max(1, min(COMPRESS_BLOCK // block_k, triton.next_power_of_2(T)))
     key_dtype = tl.int32 if (G + 1) * GROUP.value * block_k < 2**31 else tl.int64
-    block_g = min(triton.next_power_of_2(G), COMPRESS_BLOCK)
     _compress_kernel[(triton.cdiv(S, block_t),)](
         coefficients,
+        weights,
         indices,
         scales,
         slots,
@@ -387,22 +414,26 @@ def compress(
         S,
         G,
         K,
+        hidden_act,
         for_expert_sums,
         key_dtype,
         block_t,
         block_k,
-        block_g,
+        min(triton.next_power_of_2(G), COMPRESS_BLOCK),
         num_warps=COMPRESS_WARPS,
     )
     return Compressed(slots, values, scales)
 
 
-def _scales(coefficients: Tensor, rows_of_pairs: Tensor, num_rows: int) -> Tensor:
-    """Powers of two that bring each row's largest coefficient near the largest float16, K of them added up included."""
-    largest = coefficients.new_zeros(num_rows).scatter_reduce_(0, rows_of_pairs, coefficients.abs().flatten(), "amax")
+def _expert_scales(coefficients: Tensor, indices: Tensor, num_experts: int) -> Tensor:
+    """For each expert the power of two that brings its largest coefficient near the largest float16.
+
+    With room for K of them: a token may have chosen the expert as often.
+    """
+    largest = coefficients.new_zeros(num_experts)
+    largest.scatter_reduce_(0, indices.flatten().long(), coefficients.abs().flatten(), "amax")
     exponents = torch.frexp(largest).exponent.clamp(min=-100)
-    room = 15 - (coefficients.shape[1] - 1).bit_length()
-    return torch.ldexp(torch.ones_like(largest), room - exponents)
+    return torch.ldexp(torch.ones_like(largest), 15 - (indices.shape[1] - 1).bit_length() - exponents)
 
 
 def dense_dots(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
