@@ -158,8 +158,8 @@ def _add_pairs(
 ):
     """ddown, dup [BLOCK_P, BLOCK_H] plus ds * x and coefficient * dout of the sorted pairs [start, end).
 
-    Both at once: the pairs' numbers are read once, and twice as many bytes are in flight behind them. Unrolling pays for
-    full tiles; for the short segments of most experts it costs a fifth.
+    Both at once: the pairs' numbers are read once, and twice as many bytes are in flight behind them. Unrolling pays
+    for full tiles; for the short segments of most experts it costs a fifth.
     """
     for first in tl.range(start, end, BLOCK_P, loop_unroll_factor=UNROLL):
         p = first + tl.arange(0, BLOCK_P)

@@ -59,7 +59,7 @@ def _count_digits_kernel(
     """counts[program, digit] over the program's ``tiles`` tiles."""
     first = tl.program_id(0).to(tl.int64) * tiles * BLOCK_P
     counts = tl.zeros([DIGITS], tl.int32)
-    for tile in range(0, tiles):
+    for tile in range(tiles):
         digits = _digits(keys_ptr, first + tile * BLOCK_P, P, SHIFT, DIGITS, BLOCK_P)
         counts += tl.histogram(digits, DIGITS, mask=digits < DIGITS)
     tl.store(counts_ptr + tl.program_id(0) * DIGITS + tl.arange(0, DIGITS), counts)
@@ -67,7 +67,7 @@ def _count_digits_kernel(
 
 @triton.jit
 def _first_places(counts_ptr, num_programs, DIGITS: tl.constexpr, ROWS: tl.constexpr):
-    """Where this program's first key of each digit goes: behind all smaller digits, and behind those of programs before.
+    """Where the program's first key of each digit goes: behind all smaller digits and those of the programs before.
 
     Every program adds up all counts for itself, which is cheaper than a launch in between.
     """
@@ -102,7 +102,7 @@ def _place_kernel(
     """One stable pass of a radix sort. A tile is sorted by (digit, place), so that what has one digit lies together."""
     places = _first_places(counts_ptr, num_programs, DIGITS, ROWS)
     first = tl.program_id(0).to(tl.int64) * tiles * BLOCK_P
-    for tile in range(0, tiles):
+    for tile in range(tiles):
         start = first + tile * BLOCK_P
         digits = _digits(keys_ptr, start, P, SHIFT, DIGITS, BLOCK_P)
         counts = tl.histogram(digits, DIGITS, mask=digits < DIGITS)
@@ -124,7 +124,7 @@ def _lower_bound(keys_ptr, targets, P, num_steps, BLOCK: tl.constexpr):
     """For each target the first p with keys[p] >= target, or P."""
     low = tl.zeros([BLOCK], tl.int32)
     high = low + P
-    for _ in range(0, num_steps):
+    for _ in range(num_steps):
         middle = low + (high - low) // 2
         keys = tl.load(keys_ptr + middle, mask=low < high, other=0).to(tl.int32)
         is_less = (low < high) & (keys < targets)
@@ -165,9 +165,9 @@ def sort_tile(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, int]:
     P = indices.numel()
     keys, order = (torch.empty(P, dtype=torch.int32, device=indices.device) for _ in range(2))
     if P > 0:
-        block = triton.next_power_of_2(max(2, P))
+        block = max(128, triton.next_power_of_2(P))  # few sizes: each compiles once
         is_wide = num_experts * block > 2**31
-        _sort_tile_kernel[(1,)](indices, keys, order, P, is_wide, block, num_warps=max(1, min(8, block // 128)))
+        _sort_tile_kernel[(1,)](indices, keys, order, P, is_wide, block, num_warps=block // 128)
     return keys, order, 0
 
 
