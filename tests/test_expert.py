@@ -392,12 +392,11 @@ def test_sparse_gradients_match_the_reference(dtype, backend, device):
 
 
 @both_backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("counts", [[513], [0, 700, 0, 0], [127, 1, 0, 513, 129, 64, 63, 256]], ids=str)
-def test_sparse_gradients_of_hot_experts(counts, dtype, backend, device):
+@pytest.mark.parametrize("counts", [[0, 300, 0, 0], [127, 1, 0, 213, 129, 64, 63, 128]], ids=str)
+def test_sparse_gradients_of_hot_experts(counts, backend, device):
     P = sum(counts)
     T = next(T for T in range(40, 0, -1) if P % T == 0)
-    inputs, dout = make_expert_inputs(T, 21, len(counts), P // T, dtype, device)
+    inputs, dout = make_expert_inputs(T, 21, len(counts), P // T, torch.bfloat16, device)
     ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     assert_sparse_is_dense(with_indices(inputs, ids.view(P // T, T).t()), dout, backend)
 
@@ -540,6 +539,9 @@ def test_opcheck_of_sparse_gradients(E, backend, device):
     (x, _, _, indices, weights), dout = make_expert_inputs(6, 24, E, 3, torch.float32, device)
     s = torch.randn_like(weights)
     opcheck(torch.ops.flash_moe.flash_expert_backward_rows.default, (dout, x, indices, s, s, E, backend))
+    tables = (torch.randn(E, 24, device=device).requires_grad_() for _ in range(2))
+    inputs = (x.requires_grad_(), *tables, indices, weights.requires_grad_())
+    opcheck(torch.ops.flash_moe.flash_expert.default, (*inputs, "silu", backend, True))
 
 
 @pytest.mark.gpu
