@@ -880,6 +880,7 @@ def test_configuration_defaults():
         "router_aux_loss_coef": 0.0,
         "router_z_loss_coef": 0.0,
         "track_expert_usage": False,
+        "sparse_grad": False,
         "backend": "auto",
     }
     assert config.num_expert_keys == 5

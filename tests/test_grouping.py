@@ -8,15 +8,13 @@ from flash_moe.testing import poison_memory
 
 grouping = pytest.importorskip("flash_moe.ops._triton.grouping")
 
-SORTS = ("sort_pairs", "sort_tile", "sort_by_torch", "sort_by_counting")
+SORTS = ("sort_pairs", "sort_tile", "sort_by_torch")
 every_sort = pytest.mark.parametrize("sort", SORTS)
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """So that a few hundred pairs are several programs of several tiles."""
-    monkeypatch.setattr(grouping, "TILE", 32)
-    monkeypatch.setattr(grouping, "MAX_PROGRAMS", 3)
+def small_tile(monkeypatch):
+    """So that a few hundred pairs are more than one program sorts."""
     monkeypatch.setattr(grouping, "MAX_SINGLE_TILE", 128)
 
 

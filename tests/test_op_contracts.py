@@ -61,6 +61,7 @@ def samples(backend, device):
             dout, constant, down.detach(), up.detach(), indices, weights.detach(), s, "silu", backend,
         ),
         "flash_expert_backward_tables": (dout, constant, indices, s, s, 9, backend),
+        "flash_expert_backward_rows": (dout, constant, indices, s, s, 9, backend),
         "gated_activation": (gate.requires_grad_(), gate_up.requires_grad_(), "silu"),
         "gated_activation_backward": (dgate, gate.detach(), gate_up.detach(), "silu"),
     }  # fmt: skip
@@ -80,6 +81,7 @@ def test_every_op_has_a_sample(device):
         "flash_expert",
         "flash_expert_backward_tokens",
         "flash_expert_backward_tables",
+        "flash_expert_backward_rows",
         "gated_activation",
         "gated_activation_backward",
     ],

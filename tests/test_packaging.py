@@ -167,6 +167,7 @@ def test_wheel_is_typed_and_complete(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("flash_moe/")}
     expected = {path.relative_to(source).as_posix() for path in (source / "flash_moe").rglob("*.py")}
+    expected |= {path.relative_to(source).as_posix() for path in (source / "flash_moe").rglob("*.json")}
     assert inside == expected | {"flash_moe/py.typed"}
 
 

@@ -1,7 +1,6 @@
 """Pairs grouped by expert, without floating-point atomics and without waiting for the device.
 
-P pairs (token, expert), G groups, D values of a digit. A pair's place follows from counts of whole numbers and from its
-own number alone, so it is the same on every run.
+P pairs (token, expert), G groups. Pairs are sorted by expert and number, so their order is the same on every run.
 """
 
 from typing import NamedTuple
@@ -13,11 +12,6 @@ from torch import Tensor
 
 # Up to here one program sorts all pairs in one launch.
 MAX_SINGLE_TILE = 1024
-# Pairs that a program of the counting sort ranks at once, its warps, and the most programs: each reads what all of them
-# counted.
-TILE, TILE_WARPS = 1024, 4
-MAX_PROGRAMS = 256
-MAX_DIGIT_BITS = 9
 # int16 holds one more bit than counts from 0 use, at half of int32's passes of a radix sort.
 INT16_EXPERTS = 2**16
 BLOCK = 1024
@@ -42,81 +36,6 @@ def _sort_tile_kernel(ids_ptr, keys_ptr, order_ptr, P, IS_WIDE: tl.constexpr, BL
     packed = tl.sort(tl.where(p < P, packed, last))
     tl.store(keys_ptr + p, (packed // BLOCK_P).to(tl.int32), mask=p < P)
     tl.store(order_ptr + p, (packed % BLOCK_P).to(tl.int32), mask=p < P)
-
-
-@triton.jit
-def _digits(keys_ptr, start, P, SHIFT: tl.constexpr, DIGITS: tl.constexpr, BLOCK_P: tl.constexpr):
-    """The digits of BLOCK_P keys from ``start`` on, and DIGITS past the last key."""
-    p = start + tl.arange(0, BLOCK_P)
-    keys = tl.load(keys_ptr + p, mask=p < P, other=0).to(tl.int32)
-    return tl.where(p < P, (keys >> SHIFT) & (DIGITS - 1), DIGITS)
-
-
-@triton.jit
-def _count_digits_kernel(
-    keys_ptr, counts_ptr, P, tiles, SHIFT: tl.constexpr, DIGITS: tl.constexpr, BLOCK_P: tl.constexpr
-):
-    """counts[program, digit] over the program's ``tiles`` tiles."""
-    first = tl.program_id(0).to(tl.int64) * tiles * BLOCK_P
-    counts = tl.zeros([DIGITS], tl.int32)
-    for tile in range(tiles):
-        digits = _digits(keys_ptr, first + tile * BLOCK_P, P, SHIFT, DIGITS, BLOCK_P)
-        counts += tl.histogram(digits, DIGITS, mask=digits < DIGITS)
-    tl.store(counts_ptr + tl.program_id(0) * DIGITS + tl.arange(0, DIGITS), counts)
-
-
-@triton.jit
-def _first_places(counts_ptr, num_programs, DIGITS: tl.constexpr, ROWS: tl.constexpr):
-    """Where the program's first key of each digit goes: behind all smaller digits and those of the programs before.
-
-    Every program adds up all counts for itself, which is cheaper than a launch in between.
-    """
-    digit = tl.arange(0, DIGITS)
-    total = tl.zeros([DIGITS], tl.int32)
-    before = tl.zeros([DIGITS], tl.int32)
-    for start in range(0, num_programs, ROWS):
-        row = start + tl.arange(0, ROWS)
-        offs = row[:, None] * DIGITS + digit[None, :]
-        counts = tl.load(counts_ptr + offs, mask=(row < num_programs)[:, None], other=0)
-        total += tl.sum(counts, 0)
-        before += tl.sum(tl.where((row < tl.program_id(0))[:, None], counts, 0), 0)
-    return before + tl.cumsum(total, 0) - total
-
-
-@triton.jit
-def _place_kernel(
-    keys_ptr,
-    order_ptr,
-    counts_ptr,
-    sorted_keys_ptr,
-    sorted_order_ptr,
-    P,
-    tiles,
-    num_programs,
-    SHIFT: tl.constexpr,
-    DIGITS: tl.constexpr,
-    IS_FIRST: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """One stable pass of a radix sort. A tile is sorted by (digit, place), so that what has one digit lies together."""
-    places = _first_places(counts_ptr, num_programs, DIGITS, ROWS)
-    first = tl.program_id(0).to(tl.int64) * tiles * BLOCK_P
-    for tile in range(tiles):
-        start = first + tile * BLOCK_P
-        digits = _digits(keys_ptr, start, P, SHIFT, DIGITS, BLOCK_P)
-        counts = tl.histogram(digits, DIGITS, mask=digits < DIGITS)
-        i = tl.arange(0, BLOCK_P)
-        packed = tl.sort(digits * BLOCK_P + i)
-        digit, source = packed // BLOCK_P, start + packed % BLOCK_P
-        mask = digit < DIGITS
-        # Of a digit's run in the sorted tile, the element at i goes to places + i - (where the run starts).
-        shift = tl.gather(places - (tl.cumsum(counts, 0) - counts), tl.where(mask, digit, 0), 0)
-        order = source.to(tl.int32) if IS_FIRST else tl.load(order_ptr + source, mask=mask, other=0)
-        keys = tl.load(keys_ptr + source, mask=mask, other=0).to(tl.int32)
-        tl.store(sorted_keys_ptr + i + shift, keys, mask=mask)
-        tl.store(sorted_order_ptr + i + shift, order, mask=mask)
-        places += counts
 
 
 @triton.jit
@@ -172,46 +91,16 @@ def sort_tile(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, int]:
 
 
 def sort_by_torch(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, int]:
-    """``sort_pairs`` by ``torch.sort``, whose time is that of its keys' bytes."""
+    """``sort_pairs`` by ``torch.sort``, whose time is that of its keys' bytes.
+
+    A counting sort of only the bits that ids have lost to it everywhere on an H200: 1340 us against 435 at 8.4 million
+    pairs of 102,400 experts, 137 against 74 at 524,288 pairs of a million.
+    """
     is_short = num_experts <= INT16_EXPERTS
     first = -INT16_EXPERTS // 2 if is_short else 0
     keys = torch.empty(indices.numel(), dtype=torch.int16 if is_short else torch.int32, device=indices.device)
     torch.add(indices.flatten(), first, out=keys)
     return *torch.sort(keys, stable=True), first
-
-
-def sort_by_counting(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, int]:
-    """``sort_pairs`` by a radix sort of only the bits that ids have: two launches a digit."""
-    P, bits = indices.numel(), max(1, (num_experts - 1).bit_length())
-    passes = triton.cdiv(bits, MAX_DIGIT_BITS)
-    digits = 2 ** triton.cdiv(bits, passes)
-    tiles = triton.cdiv(triton.cdiv(P, TILE), MAX_PROGRAMS)
-    num_programs = triton.cdiv(P, TILE * max(1, tiles))
-    counts = torch.empty(num_programs, digits, dtype=torch.int32, device=indices.device)
-    keys, order = indices.flatten(), counts
-    rows = max(1, 4096 // digits)
-    for step in range(passes):
-        shift = step * (digits.bit_length() - 1)
-        sorted_keys, sorted_order = (torch.empty(P, dtype=torch.int32, device=indices.device) for _ in range(2))
-        _count_digits_kernel[(num_programs,)](keys, counts, P, tiles, shift, digits, TILE, num_warps=TILE_WARPS)
-        _place_kernel[(num_programs,)](
-            keys,
-            order,
-            counts,
-            sorted_keys,
-            sorted_order,
-            P,
-            tiles,
-            num_programs,
-            shift,
-            digits,
-            step == 0,
-            TILE,
-            rows,
-            num_warps=TILE_WARPS,
-        )
-        keys, order = sorted_keys, sorted_order
-    return keys, order, 0
 
 
 def group_by_expert(indices: Tensor, num_experts: int) -> Groups:
