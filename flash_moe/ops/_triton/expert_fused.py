@@ -1,0 +1,87 @@
+"""The forward of one-neuron experts in one launch, for few tokens: nothing goes from kernel to kernel.
+
+T tokens, H hidden size, E experts, K experts per token. Tensors are contiguous; sums are in float32 and in a fixed
+order. A program makes SLICE columns of one token's output. For that it needs all K dots over all of H, so the token's
+H / SLICE programs each take them for themselves: a token of 64 experts is 128 KB of rows, which an SM reads from L2 in
+about a microsecond; a second launch, or programs that wait for each other, would cost more.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flash_moe.ops._triton.launch import launch_config
+from flash_moe.ops._triton.math import activation, round_for
+
+
+@triton.jit
+def _fused_kernel(
+    x_ptr,
+    down_ptr,
+    up_ptr,
+    indices_ptr,
+    weights_ptr,
+    out_ptr,
+    pre_activations_ptr,
+    K,
+    H: tl.constexpr,
+    HIDDEN_ACT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    SLICE: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    acc = tl.zeros([BLOCK_K, SLICE], tl.float32)
+    for first_k in range(0, K, BLOCK_K):
+        k = first_k + tl.arange(0, BLOCK_K)
+        ids = tl.load(indices_ptr + t * K + k, mask=k < K, other=0).to(tl.int64)
+        weights = tl.load(weights_ptr + t * K + k, mask=k < K, other=0.0).to(tl.float32)
+        # Asked for before the dots, on which only its coefficients wait.
+        mask = (k < K)[:, None] if H % SLICE == 0 else (k < K)[:, None] & (column < H)[None, :]
+        up = tl.load(up_ptr + ids[:, None] * H + column[None, :], mask=mask, other=0.0)
+        products = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
+        for start in tl.range(0, H, BLOCK_H, loop_unroll_factor=UNROLL):
+            h = start + tl.arange(0, BLOCK_H)
+            x = tl.load(x_ptr + t * H + h, mask=h < H, other=0.0).to(tl.float32)
+            mask = (k < K)[:, None] if H % BLOCK_H == 0 else (k < K)[:, None] & (h < H)[None, :]
+            down = tl.load(down_ptr + ids[:, None] * H + h[None, :], mask=mask, other=0.0).to(tl.float32)
+            products += x[None, :] * down
+        s = tl.sum(products, 1)
+        tl.store(pre_activations_ptr + t * K + k, s, mask=(k < K) & (tl.program_id(1) == 0))
+        acc += (activation(s, HIDDEN_ACT) * weights)[:, None] * up.to(tl.float32)
+    tl.store(out_ptr + t * H + column, round_for(out_ptr, tl.sum(acc, 0)), mask=column < H)
+
+
+def fused_forward(
+    hidden_states: Tensor,
+    down_weights: Tensor,
+    up_weights: Tensor,
+    indices: Tensor,
+    routing_weights: Tensor,
+    hidden_act: str,
+) -> tuple[Tensor, Tensor]:
+    """``out [T, H]`` and the pre-activations ``s [T, K]``, float32."""
+    (T, K), (E, H) = indices.shape, down_weights.shape
+    out = torch.empty_like(hidden_states)
+    pre_activations = torch.empty_like(indices, dtype=torch.float32)
+    config = dict(launch_config("fused", hidden_states.device, (T, H, E, K)))
+    config["BLOCK_K"] = min(config["BLOCK_K"], triton.next_power_of_2(max(1, K)))
+    for name in ("BLOCK_H", "SLICE"):
+        config[name] = min(config[name], max(16, triton.next_power_of_2(H)))
+    _fused_kernel[(T, triton.cdiv(H, config["SLICE"]))](
+        hidden_states,
+        down_weights,
+        up_weights,
+        indices,
+        routing_weights,
+        out,
+        pre_activations,
+        K,
+        H,
+        hidden_act,
+        **config,
+    )
+    return out, pre_activations
