@@ -26,7 +26,7 @@ from torch import Tensor
 from flash_moe.ops._triton.math import activation, dot, round_for
 
 GROUP = tl.constexpr(8)
-COMPRESS_BLOCK, COMPRESS_WARPS = 1024, 4
+COMPRESS_BLOCK, COMPRESS_WARPS = 512, 4
 ADD_BLOCK = 1024
 SLOTS_ALIGNMENT = 16
 # Row blocks that take turns at one column block, so that what programs read at one time stays in L2.
@@ -49,8 +49,8 @@ class Tile:
 # The sums of 128 x 256 results fill half of an SM's registers. Its operands ask L2 for 48 bytes a clock and SM at full
 # rate, those of 128 x 128 for 64.
 DOTS_TILE = Tile(128, 256, 64, 8, 3)
-TOKEN_SUMS_TILE = Tile(128, 256, 64, 8, 3)
-EXPERT_SUMS_TILE = Tile(128, 256, 64, 8, 3)
+TOKEN_SUMS_TILE = Tile(128, 256, 64, 8, 5)
+EXPERT_SUMS_TILE = Tile(128, 256, 64, 8, 7)
 # float32 does without tensor cores.
 FLOAT32_TILE = Tile(32, 64, 32, 4, 2)
 # Pairs of a token that the dots' last step looks up at a time.
