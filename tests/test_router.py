@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flash_moe.ops._reference.router import router_reference
-from flash_moe.ops.flash_router import flash_router, triton_flash_router_func
+from flash_moe.ops._reference.router import router_reference, routing_reference
+from flash_moe.ops.flash_router import flash_router, flash_routing, triton_flash_router_func
 from flash_moe.testing import (
     assert_no_worse_than,
     make_router_inputs,
@@ -305,6 +305,103 @@ def test_many_keys(N, backend, device):
     last_row = (N - 1) * N
     assert indices.tolist() == [[last_row + N - 2, last_row, last_row + 1, last_row + 2, last_row + 3]]
     assert scores.tolist() == [[3.0, 2.0, 2.0, 2.0, 2.0]]
+
+
+@both_backends
+@pytest.mark.parametrize("spread", [1e-7, 1e-5, 1e30, 1e38], ids=str)
+@pytest.mark.parametrize("N, K", [(12, 5), (12, 70), (40, 64), (40, 100)], ids=str)
+def test_logits_too_close_to_tell_apart_quickly(N, K, spread, backend, device):
+    """One logit far from the rest leaves these within a step or two of 32-bit keys: order must be restored."""
+    logits = 1 + 1e-5 * torch.randn(2, 2, N, generator=torch.Generator().manual_seed(6))
+    logits[:, :, N // 2] = 1e-5 / spread if spread < 1 else -spread
+    assert_order(logits.to(device), K, backend)
+
+
+@both_backends
+@pytest.mark.parametrize("N, K", [(33, 20), (20, 40), (23, 130)], ids=str)
+def test_more_equal_sums_than_are_sorted_at_a_time(N, K, backend, device):
+    logits = torch.randint(2, (2, 3, N), generator=torch.Generator().manual_seed(7)).float()
+    logits[:, 0] = torch.arange(N)[None] // (N - 2)  # two ones each: all sums but some are equal
+    assert_order(logits.to(device), K, backend)
+
+
+@both_backends
+@every_dtype
+@pytest.mark.parametrize("norm_topk_prob", [False, True], ids=str)
+@pytest.mark.parametrize("T, N, K", [(1, 1, 1), (2, 3, 9), (3, 5, 7), (2, 16, 16), (2, 20, 40), (1, 600, 3)], ids=str)
+def test_routing_weights_and_gradients(T, N, K, norm_topk_prob, dtype, backend, device):
+    (logits, *sizes), dweights = make_router_inputs(T, N, K, dtype, device)
+    dweights = dweights.float()
+    inputs = (logits, *sizes, norm_topk_prob)
+
+    def routing(logits, N, K, norm_topk_prob):
+        return flash_routing(logits, N, K, norm_topk_prob=norm_topk_prob, backend=backend)
+
+    weights, indices = routing(*inputs)
+    assert weights.dtype == torch.float32
+    assert torch.equal(indices, flash_router(logits.float(), *sizes, backend=backend)[1])
+    # The float64 reference must weigh the same experts: make its logits the float32 ones, with the same ties.
+    exact = run_with_grads(routing_reference, to_float64(inputs), dweights.double())
+    low = run_with_grads(routing_reference, inputs, dweights)
+    assert_no_worse_than(low, exact, run_with_grads(routing, inputs, dweights), ("weights", "dlogits"))
+
+
+@both_backends
+@pytest.mark.parametrize("norm_topk_prob", [False, True], ids=str)
+def test_routing_takes_a_gate_product_as_it_lies(norm_topk_prob, backend, device):
+    T, N, K = 3, 9, 6
+    product = torch.randn(T, 2 * N, generator=torch.Generator().manual_seed(8)).to(device)
+    seen = product.requires_grad_().view(T, 2, N).transpose(0, 1)
+    copied = seen.detach().contiguous().requires_grad_()
+    both = [flash_routing(x, N, K, norm_topk_prob=norm_topk_prob, backend=backend) for x in (seen, copied)]
+    assert torch.equal(both[0][0], both[1][0])
+    assert torch.equal(both[0][1], both[1][1])
+    dweights = torch.randn(T, K, generator=torch.Generator().manual_seed(9)).to(device)
+    (dseen,) = torch.autograd.grad(both[0][0], seen, dweights, retain_graph=True)
+    (dcopied,) = torch.autograd.grad(both[1][0], copied, dweights)
+    assert torch.equal(dseen, dcopied)
+    assert dseen.transpose(0, 1).is_contiguous()  # so that the product's gradient is no copy either
+    strided = torch.stack((copied.detach(),) * 2, dim=-1)[..., 0]
+    weights, indices = flash_routing(strided, N, K, norm_topk_prob=norm_topk_prob, backend=backend)
+    assert torch.equal(weights, both[1][0])
+    assert torch.equal(indices, both[1][1])
+
+
+@every_backend
+def test_routing_weights_are_products_of_softmaxes(backend, device):
+    logits = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(10)).to(device)
+    weights, indices = flash_routing(logits, 6, 36, backend=backend)
+    torch.testing.assert_close(weights.sum(1), torch.ones(4, device=device))  # K = N * N takes all
+    rows, cols = logits.softmax(dim=-1)
+    torch.testing.assert_close(weights, rows.gather(1, indices // 6) * cols.gather(1, indices % 6))
+    normed, same = flash_routing(logits, 6, 5, norm_topk_prob=True, backend=backend)
+    torch.testing.assert_close(normed, weights[:, :5] / weights[:, :5].sum(1, keepdim=True))
+    assert torch.equal(same, indices[:, :5])
+
+
+@both_backends
+@pytest.mark.parametrize("norm_topk_prob", [False, True], ids=str)
+def test_routing_of_no_tokens_and_of_nan(norm_topk_prob, backend, device):
+    empty = torch.zeros(2, 0, 5, device=device, requires_grad=True)
+    weights, indices = flash_routing(empty, 5, 7, norm_topk_prob=norm_topk_prob, backend=backend)
+    assert weights.shape == indices.shape == (0, 7)
+    assert torch.autograd.grad(weights.sum(), empty)[0].shape == (2, 0, 5)
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(11)).to(device)
+    want, _ = flash_routing(logits, 5, 7, norm_topk_prob=norm_topk_prob, backend=backend)
+    logits[0, 1] = torch.nan
+    got, indices = flash_routing(logits, 5, 7, norm_topk_prob=norm_topk_prob, backend=backend)
+    assert torch.equal(got[[0, 2]], want[[0, 2]])
+    assert got[1].isnan().all()
+    assert 0 <= indices.min() <= indices.max() < 25
+
+
+@every_backend
+def test_routing_errors_name_the_argument(backend):
+    logits = torch.zeros(2, 3, 4)
+    with pytest.raises(ValueError, match=r"router_logits: .*5.*\(2, 3, 4\)"):
+        flash_routing(logits, 5, 2, backend=backend)
+    with pytest.raises(TypeError, match="norm_topk_prob: expected True or False; got 1"):
+        flash_routing(logits, 4, 2, norm_topk_prob=1, backend=backend)
 
 
 @settings(deadline=None, derandomize=True, max_examples=15)

@@ -28,7 +28,7 @@ from flash_moe.modules.masked_batch_norm import masked_batch_norm
 from flash_moe.modules.router_losses import load_balancing_loss, router_z_loss
 from flash_moe.ops.flash_expert import flash_expert
 from flash_moe.ops.flash_mlp import flash_mlp
-from flash_moe.ops.flash_router import flash_router
+from flash_moe.ops.flash_router import flash_routing
 
 NORMS = ("batch", "rms", "none")
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -97,11 +97,11 @@ class FlashMoE(nn.Module):
     With x the tokens ``[T, H]``::
 
         router_logits = router_gate(router_norm(x)) as [2, T, N]
-        scores, experts = top K of the pair sums of log_softmax(router_logits)
-        weights = exp(scores), divided by their sum over K with norm_topk_prob
+        scores, experts = top K of the pair sums of router_logits
+        weights = exp(scores - log-sum-exp of both halves), divided by their sum over K with norm_topk_prob
         y = sum_k weights[k] * act(x . down_embed[e_k]) * up_embed[e_k]  +  down_proj(act(gate_proj x) * up_proj x)
 
-    Softmax, scores and weights are float32, whatever the dtype of ``x``. Under autocast the router's norm and gate keep
+    Scores and weights are float32, whatever the dtype of ``x``. Under autocast the router's norm and gate keep
     the parameters' dtype, and the MLP and the experts run in the autocast dtype.
 
     Attributes:
@@ -228,14 +228,14 @@ class FlashMoE(nn.Module):
 
     def _routed(self, x: Tensor, router_logits: Tensor, token_mask: Tensor | None) -> Tensor:
         config = self.config
-        # float32 under autocast and in 16-bit layers; float64 stays for the reference backend.
-        log_probs = F.log_softmax(router_logits, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-        scores, experts = flash_router(
-            log_probs, self.num_expert_keys, config.num_experts_per_tok, backend=config.backend
+        weights, experts = flash_routing(
+            router_logits,
+            self.num_expert_keys,
+            config.num_experts_per_tok,
+            norm_topk_prob=config.norm_topk_prob,
+            backend=config.backend,
         )
-        # The softmax of the scores is exp(score) over its sum, and cannot divide 0 by 0.
-        weights = scores.softmax(dim=-1) if config.norm_topk_prob else scores.exp()
-        self._account(router_logits, log_probs, experts, token_mask)
+        self._account(router_logits, experts, token_mask)
         tables = (self.down_embed.weight, self.up_embed.weight)
         return flash_expert(
             x,
@@ -247,19 +247,22 @@ class FlashMoE(nn.Module):
             sparse_grad=config.sparse_grad,
         )
 
-    def _account(self, router_logits: Tensor, log_probs: Tensor, experts: Tensor, token_mask: Tensor | None) -> None:
+    def _account(self, router_logits: Tensor, experts: Tensor, token_mask: Tensor | None) -> None:
         """Usage counts and ``router_loss``."""
         config = self.config
         self.router_loss = None
         wants_aux = self.training and config.router_aux_loss_coef > 0
         wants_z = self.training and config.router_z_loss_coef > 0
-        token_weights = None if token_mask is None else token_mask.to(log_probs.dtype)
+        # float32 in 16-bit layers too; float64 stays for the reference backend.
+        dtype = torch.promote_types(router_logits.dtype, torch.float32)
+        token_weights = None if token_mask is None else token_mask.to(dtype)
         losses = []
         if wants_aux or config.track_expert_usage:
             counts = count_experts(experts, config.num_experts, token_mask)
             if config.track_expert_usage:
                 self._counts().add_(counts)
             if wants_aux:
+                log_probs = F.log_softmax(router_logits, dim=-1, dtype=dtype)
                 losses.append(config.router_aux_loss_coef * load_balancing_loss(log_probs, counts, token_weights))
         if wants_z:
             losses.append(config.router_z_loss_coef * router_z_loss(router_logits, token_weights))

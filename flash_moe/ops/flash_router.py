@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flash_moe._backend import Backend, resolve_backend
-from flash_moe._checks import check_dtype, check_int, check_pairs, check_shape, float_dtypes
-from flash_moe.ops._reference.router import router_reference
+from flash_moe._checks import check_bool, check_dtype, check_int, check_pairs, check_shape, float_dtypes
+from flash_moe.ops._reference.router import router_reference, routing_reference
 from flash_moe.ops._register import register_op
 
 # The Triton kernel holds a token's K best in registers; beyond this, or where an id needs more than 32 bits, the
@@ -43,16 +43,47 @@ def flash_router(
         TypeError: a dtype is not supported.
     Source: product keys, arXiv:1907.05242; PEER, arXiv:2407.04153.
     """
-    check_int("num_expert_keys", num_expert_keys, 1, 2**31 - 1)
-    check_int("num_experts_per_tok", num_experts_per_tok, 1, num_expert_keys**2)
-    check_shape("router_logits", router_logits, (2, None, num_expert_keys), "[2, T, N]")
-    check_dtype("router_logits", router_logits, float_dtypes(backend))
-    check_pairs("router_logits", router_logits.shape[1], num_experts_per_tok)
-    chosen = resolve_backend(backend, router_logits)
+    chosen = _check(router_logits, num_expert_keys, num_experts_per_tok, backend)
     if chosen is Backend.REFERENCE:
         return router_reference(router_logits, num_expert_keys, num_experts_per_tok)
     scores, indices = torch.ops.flash_moe.flash_router(router_logits.contiguous(), num_experts_per_tok, chosen.value)
     return scores, indices
+
+
+def flash_routing(
+    router_logits: Tensor,
+    num_expert_keys: int,
+    num_experts_per_tok: int,
+    *,
+    norm_topk_prob: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The whole routing step from raw logits: pick the experts as ``flash_router`` does, and weigh them.
+
+    An expert's weight is its row key's softmax times its column key's, exp(score - both halves' log-sum-exp); or, with
+    ``norm_topk_prob``, that over the sum of the K chosen, which needs no softmax over the keys. One launch on a GPU,
+    and one for the gradient.
+
+    Args:
+        router_logits: ``[2, T, N]``, float32, float16 or bfloat16. Taken as they lie in memory if each row of N is
+            contiguous: a gate product ``[T, 2 * N]`` seen as ``[2, T, N]`` is not copied.
+        num_expert_keys, num_experts_per_tok: N and K, as ``flash_router`` takes them.
+        norm_topk_prob: let a token's weights sum to 1.
+        backend: "auto" (triton for CUDA tensors, else torch), "triton", "torch" or "reference".
+    Returns:
+        ``weights [T, K]``, float32, largest first, differentiable, and ``indices [T, K]``, int64, i * N + j.
+    Raises:
+        ValueError: a shape disagrees, or an argument is out of range; the message names it.
+        TypeError: a dtype is not supported.
+    """
+    chosen = _check(router_logits, num_expert_keys, num_experts_per_tok, backend)
+    check_bool("norm_topk_prob", norm_topk_prob)
+    if chosen is Backend.REFERENCE:
+        return routing_reference(router_logits, num_expert_keys, num_experts_per_tok, norm_topk_prob)
+    weights, indices, _ = torch.ops.flash_moe.flash_routing(
+        _with_dense_rows(router_logits), num_experts_per_tok, norm_topk_prob, chosen.value
+    )
+    return weights, indices
 
 
 def triton_flash_router_func(
@@ -60,6 +91,22 @@ def triton_flash_router_func(
 ) -> tuple[Tensor, Tensor]:
     """``flash_router`` through the Triton kernels; raises where they cannot run."""
     return flash_router(router_logits, num_expert_keys, num_experts_per_tok, backend="triton")
+
+
+def _check(router_logits: Tensor, num_expert_keys: int, num_experts_per_tok: int, backend: str) -> Backend:
+    check_int("num_expert_keys", num_expert_keys, 1, 2**31 - 1)
+    check_int("num_experts_per_tok", num_experts_per_tok, 1, num_expert_keys**2)
+    check_shape("router_logits", router_logits, (2, None, num_expert_keys), "[2, T, N]")
+    check_dtype("router_logits", router_logits, float_dtypes(backend))
+    check_pairs("router_logits", router_logits.shape[1], num_experts_per_tok)
+    return resolve_backend(backend, router_logits)
+
+
+def _with_dense_rows(router_logits: Tensor) -> Tensor:
+    """As it is where it is ``[2, T, N]`` or ``[T, 2, N]`` in memory, else a copy."""
+    if router_logits.transpose(0, 1).is_contiguous():
+        return router_logits
+    return router_logits.contiguous()
 
 
 def _implementation(backend: str, num_expert_keys: int, num_experts_per_tok: int) -> ModuleType:
@@ -111,4 +158,66 @@ register_op(
     "flash_router_backward(Tensor grad_scores, Tensor indices, int num_expert_keys, str backend) -> Tensor",
     _backward,
     _backward_fake,
+)
+
+
+def _routing_forward(
+    router_logits: Tensor, num_experts_per_tok: int, norm_topk_prob: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    router = _implementation(backend, router_logits.shape[2], num_experts_per_tok)
+    return router.routing_forward(router_logits, num_experts_per_tok, norm_topk_prob)
+
+
+def _routing_forward_fake(
+    router_logits: Tensor, num_experts_per_tok: int, norm_topk_prob: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    T = router_logits.shape[1]
+    weights = router_logits.new_empty(T, num_experts_per_tok, dtype=torch.float32)
+    return weights, torch.empty_like(weights, dtype=torch.int64), weights.new_empty(2, 0 if norm_topk_prob else T)
+
+
+def _routing_backward(
+    grad_weights: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    router_logits: Tensor,
+    log_sums: Tensor,
+    norm_topk_prob: bool,
+    backend: str,
+) -> Tensor:
+    router = _implementation(backend, router_logits.shape[2], indices.shape[1])
+    return router.routing_backward(grad_weights.contiguous(), weights, indices, router_logits, log_sums, norm_topk_prob)
+
+
+def _routing_backward_fake(
+    grad_weights: Tensor, weights: Tensor, indices: Tensor, router_logits: Tensor, *_: Any
+) -> Tensor:
+    return torch.empty_like(router_logits)
+
+
+def _setup_routing_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    router_logits, _, ctx.norm_topk_prob, ctx.backend = inputs
+    weights, indices, log_sums = output
+    ctx.mark_non_differentiable(indices, log_sums)
+    ctx.save_for_backward(weights, indices, router_logits, log_sums)
+
+
+def _routing_backward_formula(ctx: Any, grad_weights: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
+    grad = torch.ops.flash_moe.flash_routing_backward(grad_weights, *ctx.saved_tensors, ctx.norm_topk_prob, ctx.backend)
+    return grad, None, None, None
+
+
+register_op(
+    "flash_routing(Tensor router_logits, int num_experts_per_tok, bool norm_topk_prob, str backend) -> "
+    "(Tensor, Tensor, Tensor)",
+    _routing_forward,
+    _routing_forward_fake,
+    backward=_routing_backward_formula,
+    setup_context=_setup_routing_context,
+)
+register_op(
+    "flash_routing_backward(Tensor grad_weights, Tensor weights, Tensor indices, Tensor router_logits, Tensor "
+    "log_sums, bool norm_topk_prob, str backend) -> Tensor",
+    _routing_backward,
+    _routing_backward_fake,
 )

@@ -20,3 +20,14 @@ def router_reference(router_logits: Tensor, num_expert_keys: int, num_experts_pe
     ids, by_id = (row_ids[:, i] * N + col_ids[:, j]).sort(dim=-1)
     scores, best = sums.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
     return scores[:, :K].to(router_logits.dtype), ids.gather(1, best)[:, :K].contiguous()
+
+
+def routing_reference(
+    router_logits: Tensor, num_expert_keys: int, num_experts_per_tok: int, norm_topk_prob: bool
+) -> tuple[Tensor, Tensor]:
+    """``weights [T, K]`` and ``indices [T, K]``: both halves' softmax at the chosen keys, multiplied; or over their sum."""
+    logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
+    scores, indices = router_reference(logits, num_expert_keys, num_experts_per_tok)
+    if norm_topk_prob:
+        return scores.softmax(dim=-1), indices
+    return (scores - logits.logsumexp(dim=-1).sum(0)[:, None]).exp(), indices

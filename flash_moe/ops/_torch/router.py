@@ -51,6 +51,36 @@ def router_backward(grad_scores: Tensor, indices: Tensor, num_expert_keys: int) 
     return grad_logits
 
 
+def routing_forward(
+    router_logits: Tensor, num_experts_per_tok: int, norm_topk_prob: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``weights [T, K]``, float32, ``indices [T, K]``, int64, and the logits' ``log_sums [2, T]`` (empty if normed)."""
+    logits = router_logits.float()
+    scores, indices = router_forward(logits, num_experts_per_tok)
+    if norm_topk_prob:
+        return scores.softmax(dim=-1), indices, scores.new_empty(2, 0)
+    log_sums = logits.logsumexp(dim=-1)
+    return scores.sub_(log_sums.sum(0)[:, None]).exp_(), indices, log_sums
+
+
+def routing_backward(
+    grad_weights: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    router_logits: Tensor,
+    log_sums: Tensor,
+    norm_topk_prob: bool,
+) -> Tensor:
+    """``grad_logits [2, T, N]`` in the dtype and memory order of the logits."""
+    inner = (grad_weights * weights).sum(-1)
+    grad_scores = weights * (grad_weights - inner[:, None]) if norm_topk_prob else weights * grad_weights
+    grad_logits = router_backward(grad_scores, indices, router_logits.shape[2])
+    if not norm_topk_prob:
+        probabilities = (router_logits.float() - log_sums[:, :, None]).exp_()
+        grad_logits -= probabilities.mul_(inner[:, None])
+    return torch.empty_like(router_logits).copy_(grad_logits)
+
+
 def _tokens_per_chunk(tensor: Tensor, elements_per_token: int) -> int:
     return max(1, (CUDA_WORKSPACE if tensor.is_cuda else CPU_WORKSPACE) // elements_per_token)
 

@@ -1,11 +1,19 @@
-"""Product router: exact top K of N * N sums of two scores, and its backward.
+"""Product router: exact top K of N * N sums of two scores, optionally as routing weights, and its backward.
 
-T tokens, N keys a half, K experts per token, R ranks kept of each half (the next power of two of min(K, N)). One
-program serves one token. A score and its id travel as one 64-bit key that orders (score descending, id ascending), so
-ties need no care. The K best pairs are among the pairs of ranks (i, j) with (i + 1) * (j + 1) <= K, about
-K * (1 + ln K) of them; these lie in dyadic blocks, block p holding the ranks i + 1 in [2^p, 2^(p+1)) beside
-j < K / 2^p: K slots a block, K the next power of two.
+T tokens, N keys a half, K experts per token, R ranks kept of each half (the next power of two of min(K, N)). A program
+serves one token, in three steps:
+  rank       The R best logits of each half, in order, go to scratch memory: score and id.
+  threshold  The K best sums lie among the pairs of ranks with (i + 1) * (j + 1) <= K. 2 * A sorted lists cover these,
+             A about sqrt(K): list i < A is row rank i with the columns, list A + j column rank j with the rows from A
+             on. So the sums above a threshold are counted by one binary search a list, and bisection finds a threshold
+             that at least K sums reach and, unless equal sums prevent it, at most WIDTH. Few candidates are all taken.
+  sort       These sums go through a sorting network, and the K best come out.
+Up to 512 keys a half, networks sort 32-bit keys, for a third of what 64-bit keys cost: the score in fixed point between
+the extremes of what is sorted, then the id. Scores less than a step apart may come out in the wrong order. That is
+looked for, and repaired: a random half or set of sums in some dozens has such a pair.
 """
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -13,26 +21,33 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_moe.ops._triton.math import round_for
+from flash_moe.ops._triton.sort import log2, merge_best, top
 
+LOWEST = tl.constexpr(-(2**31))
 PADDING = tl.constexpr(-(2**63))
-# Keys sorted at a time, unless more than these must be kept. More does no less work and takes far longer to compile.
+MAX_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
+SCORES, PROBABILITIES, RENORMALIZED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Keys that go through a network at a time, unless more must be kept: more does no less work and takes long to compile.
 MAX_SORT = 512
-# One warp sorts up to MAX_SORT keys: on an H200 1.7 ms at T 4096, N 320, K 512 against 1.8 to 2.4 with 2 to 8 warps.
-# More keys than that go 128 to a warp, since with 512 they take a minute to compile.
-KEYS_PER_WARP = 128
+# Up to this many experts a token all candidates are sorted, since that is sooner done than finding a threshold.
+MAX_TAKE_ALL = 16
+# A threshold with up to twice as many sums as needed is found in a step or two; above this the longer sort costs more.
+MAX_WIDE = 128
+# Keys a warp sorts: one warp a token is fastest as long as its registers hold them. 64-bit keys take twice as many,
+# and ever longer to compile.
+KEYS_PER_WARP, LONG_KEYS_PER_WARP = 1024, 128
+# Registers a thread, so that 32 one-warp programs fit a multiprocessor: 18 instead of 20 us at T 4096, N 128, K 64.
+SMALL_SORT, SMALL_SORT_REGISTERS, REGISTERS = 128, 64, 112
 # Best of eight shapes on an H200 at every size but T = 1: 0.025 ms at T 4096, N 128, K 64.
 BACKWARD_BLOCK_N, BACKWARD_BLOCK_K, BACKWARD_WARPS = 128, 8, 1
 
 
 @triton.jit
 def _pack(scores, ids, mask):
-    """int64 keys; a masked slot is below every key, a NaN above."""
-    scores = tl.where(scores == 0.0, 0.0, scores)  # -0.0 ties with 0.0
-    scores = tl.where(scores == scores, scores, float("nan"))  # one NaN, the positive one
-    bits = scores.to(tl.int32, bitcast=True)
+    """int64 keys that order (score descending, id ascending): a NaN is above all, a masked slot below."""
+    bits = tl.where(scores == scores, scores, float("nan")).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    keys = (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - ids.to(tl.int64))
-    return tl.where(mask, keys, PADDING)
+    return tl.where(mask, (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - ids.to(tl.int64)), PADDING)
 
 
 @triton.jit
@@ -47,149 +62,522 @@ def _ids(keys):
 
 
 @triton.jit
-def _merge_best(best, keys, SIZE: tl.constexpr):
-    """The SIZE greatest of ``best [SIZE]`` and ``keys``, in descending order."""
-    # Of two sorted lists, one reversed, the elementwise maxima are the SIZE greatest, unsorted.
-    return tl.topk(tl.maximum(best, tl.flip(tl.topk(keys, SIZE), 0)), SIZE)
+def _as_ints(float_ptr):
+    return float_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit
-def _half_keys(logits_ptr, start, N, BLOCK_N: tl.constexpr):
-    n = start + tl.arange(0, BLOCK_N)
-    scores = tl.load(logits_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    return _pack(scores, n, n < N)
+def _nan_max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _rank_half(logits_ptr, N, R: tl.constexpr, BLOCK_N: tl.constexpr, N_IS_ONE_BLOCK: tl.constexpr):
-    """Keys of the R best logits, in descending order."""
-    if N_IS_ONE_BLOCK:
-        return tl.topk(_half_keys(logits_ptr, 0, N, BLOCK_N), R)
+def _nan_min(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _load(logits_ptr, n, mask):
+    return tl.load(logits_ptr + n, mask=mask, other=0.0).to(tl.float32) + 0.0  # -0.0 becomes 0.0
+
+
+@triton.jit
+def _are_finite(low, high):
+    return (low > -1e30) & (high < 1e30)
+
+
+@triton.jit
+def _fixed_point(x, low, high, BITS: tl.constexpr):
+    """``x`` as an int32 from 0 at ``low`` to 2^BITS - 2 at ``high``, never in wrong order; only the low BITS count."""
+    is_finite = _are_finite(low, high)
+    low = tl.where(is_finite, low, 0.0)
+    spread = tl.maximum(tl.where(is_finite, high, 1e30) - low, 1e-30)
+    # Adding 2^23 leaves the integer part in the low bits of the float.
+    scaled = (x - low) * ((2.0**BITS - 2.0) / spread) + 8388608.0
+    return scaled.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _settle(scores, scores_ptr, ids_ptr, length, SIZE: tl.constexpr):
+    """Order ``length`` scores, also in memory, and ids, nearly in order, by (score descending, id ascending)."""
+    tl.debug_barrier()
+    s = tl.arange(0, SIZE)
+    following = tl.load(scores_ptr + s + 1, mask=s + 1 < length, other=float("-inf"))
+    swaps = tl.max((scores < following).to(tl.int32))
+    while swaps > 0:
+        swaps = 0
+        for parity in range(2):
+            tl.debug_barrier()
+            first = 2 * tl.arange(0, SIZE // 2) + parity
+            mask = first + 1 < length
+            score = tl.load(scores_ptr + first, mask=mask, other=0.0)
+            next_score = tl.load(scores_ptr + first + 1, mask=mask, other=0.0)
+            id = tl.load(ids_ptr + first, mask=mask, other=0)
+            next_id = tl.load(ids_ptr + first + 1, mask=mask, other=0)
+            swap = mask & ((score < next_score) | ((score == next_score) & (id > next_id)))
+            tl.debug_barrier()
+            tl.store(scores_ptr + first, next_score, mask=swap)
+            tl.store(scores_ptr + first + 1, score, mask=swap)
+            tl.store(ids_ptr + first, next_id, mask=swap)
+            tl.store(ids_ptr + first + 1, id, mask=swap)
+            swaps += tl.max(swap.to(tl.int32))
+    tl.debug_barrier()
+
+
+@triton.jit
+def _rank_one_by_one(logits_ptr, scores_ptr, ids_ptr, N, R: tl.constexpr, BLOCK_N: tl.constexpr):
+    n = tl.arange(0, BLOCK_N)
+    keys = _pack(_load(logits_ptr, n, n < N), n, n < N)
+    for r in range(tl.minimum(R, N)):
+        best = tl.max(keys, 0)
+        tl.store(scores_ptr + r, _scores(best))
+        tl.store(ids_ptr + r, _ids(best).to(tl.int32))
+        keys = tl.where(keys == best, PADDING, keys)
+
+
+@triton.jit
+def _rank_quickly(logits_ptr, scores_ptr, ids_ptr, N, R: tl.constexpr, BLOCK_N: tl.constexpr):
+    LOG_N: tl.constexpr = log2(BLOCK_N)
+    BITS: tl.constexpr = 23 if LOG_N < 9 else 31 - LOG_N
+    n = tl.arange(0, BLOCK_N)
+    x = _load(logits_ptr, n, n < N)
+    low, high = tl.reduce(x, 0, _nan_min), tl.reduce(x, 0, _nan_max)
+    keys = (_fixed_point(x, low, high, BITS) << LOG_N) | (BLOCK_N - 1 - n)
+    best = top(tl.where(n < N, keys, LOWEST), R)
+    ids = BLOCK_N - 1 - (best & (BLOCK_N - 1))
+    r = tl.arange(0, R)
+    is_key = (r < N) & (ids < N)
+    scores = _load(logits_ptr, ids, is_key)
+    tl.store(scores_ptr + r, scores)
+    tl.store(ids_ptr + r, ids)
+    # A better logit that was left out is in the same step of the fixed point as the last that was not.
+    last = tl.min(tl.where(is_key & (scores == scores), scores, float("inf")))
+    num_better = tl.sum(((x > last) & (n < N)).to(tl.int32)) - tl.sum(((scores > last) & is_key).to(tl.int32))
+    if (num_better == 0) & _are_finite(low, high):
+        _settle(scores, scores_ptr, ids_ptr, tl.minimum(R, N), R)
+    else:
+        tl.debug_barrier()
+        _rank_one_by_one(logits_ptr, scores_ptr, ids_ptr, N, R, BLOCK_N)
+
+
+@triton.jit
+def _rank_many(logits_ptr, scores_ptr, ids_ptr, N, R: tl.constexpr, BLOCK_N: tl.constexpr):
     best = tl.full([R], PADDING, tl.int64)
     for start in range(0, N, BLOCK_N):
-        best = _merge_best(best, _half_keys(logits_ptr, start, N, BLOCK_N), R)
+        n = start + tl.arange(0, BLOCK_N)
+        best = merge_best(best, top(_pack(_load(logits_ptr, n, n < N), n, n < N), R))
+    r = tl.arange(0, R)
+    tl.store(scores_ptr + r, _scores(best))
+    tl.store(ids_ptr + r, _ids(best).to(tl.int32))
+
+
+@triton.jit
+def _log_sum_exp(logits_ptr, N, BLOCK_N: tl.constexpr):
+    high = float("-inf")
+    total = 0.0
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        x = tl.where(n < N, _load(logits_ptr, n, n < N), float("-inf"))
+        higher = _nan_max(high, tl.reduce(x, 0, _nan_max))
+        total = total * tl.exp(high - higher) + tl.sum(tl.exp(x - higher))
+        high = higher
+    return high + tl.log(total)
+
+
+@triton.jit
+def _list_length(list, N, K, A: tl.constexpr):
+    """Candidates in a list: A lists of a row rank each, then A of a column rank each."""
+    rank = list & (A - 1)
+    length = tl.minimum(K // (rank + 1), N) - tl.where(list < A, 0, A)
+    return tl.where(rank < N, tl.maximum(length, 0), 0)
+
+
+@triton.jit
+def _count(threshold, fixed, other_ptr, length, LOG_R: tl.constexpr):
+    """How many sums of each list, ``fixed`` plus one of the descending others, are not below the threshold."""
+    count = tl.zeros_like(length)
+    for i in tl.static_range(LOG_R + 1):
+        probe = count + (1 << (LOG_R - i))
+        other = tl.load(other_ptr + probe - 1, mask=probe <= length, other=0.0)
+        count = tl.where((probe <= length) & ~(fixed + other < threshold), probe, count)
+    return count
+
+
+@triton.jit
+def _find_threshold(ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr):
+    """How many sums of each list ``[2A]`` reach the threshold, and the threshold.
+
+    K to WIDTH sums do; or more than WIDTH, and then fewer than K exceed it.
+    """
+    list = tl.arange(0, 2 * A)
+    rank = list & (A - 1)
+    fixed_ptr = ranked_ptr + tl.where(list < A, 0, R)
+    other_ptr = ranked_ptr + tl.where(list < A, R, 0)
+    fixed = tl.load(fixed_ptr + rank, mask=rank < N, other=0.0)
+    # K pairs or more are at least as good as the pair of ranks (i, j) with (i + 1) * (j + 1) >= K.
+    beyond = (K + rank) // (rank + 1) - 1
+    is_pair = (rank < N) & (beyond < N)
+    bound = fixed + tl.load(other_ptr + beyond, mask=is_pair, other=0.0)
+    threshold = tl.max(tl.where(is_pair & (bound == bound), bound, float("-inf")))
+    low = float("-inf")
+    high = tl.load(ranked_ptr) + tl.load(ranked_ptr + R)
+    length = _list_length(list, N, K, A)
+    first_ptr = other_ptr + tl.where(list < A, 0, A)
+    counts = tl.zeros_like(length)
+    is_open = True
+    while is_open:
+        found = _count(threshold, fixed, first_ptr, length, log2(R))
+        if tl.sum(found) >= K:
+            counts, low = found, threshold
+        else:
+            high = threshold
+        threshold = 0.5 * tl.maximum(low, -MAX_FLOAT) + 0.5 * tl.minimum(high, MAX_FLOAT)
+        is_open = (tl.sum(counts) > WIDTH) & (threshold > low) & (threshold < high)
+    return counts, low
+
+
+@triton.jit
+def _find_list(ends_ptr, number, A: tl.constexpr):
+    """In which list the chosen sums of these numbers are, and the number of that list's first."""
+    list = tl.zeros_like(number)
+    for i in tl.static_range(log2(2 * A)):
+        probe = list + (A >> i)
+        list = tl.where(tl.load(ends_ptr + probe - 1) <= number, probe, list)
+    return list, tl.load(ends_ptr + list - 1, mask=list > 0, other=0)
+
+
+@triton.jit
+def _find_list_of_all(number, N, K, A: tl.constexpr):
+    """The same where all candidates are chosen, and how many they are."""
+    list = tl.zeros_like(number)
+    begin = tl.zeros_like(number)
+    end = 0
+    for i in tl.static_range(2 * A):
+        list = tl.where(end <= number, i, list)
+        begin = tl.where(end <= number, end, begin)
+        end += _list_length(i, N, K, A)
+    return list, begin, end
+
+
+@triton.jit
+def _load_pairs(ranked_ptr, number, list, begin, mask, R: tl.constexpr, A: tl.constexpr):
+    """Sums, row ids and column ids of the chosen sums of these numbers."""
+    rank = list & (A - 1)
+    other = number - begin
+    row = tl.where(list < A, rank, other + A)
+    col = R + tl.where(list < A, other, rank)
+    sums = tl.load(ranked_ptr + row, mask=mask, other=0.0) + tl.load(ranked_ptr + col, mask=mask, other=0.0)
+    ids_ptr = _as_ints(ranked_ptr + 2 * R)
+    return sums, tl.load(ids_ptr + row, mask=mask, other=0), tl.load(ids_ptr + col, mask=mask, other=0)
+
+
+@triton.jit
+def _pair_keys(sums, row_ids, col_ids, low, high, mask, LOG_N: tl.constexpr):
+    """32-bit keys: the sum in fixed point, 0 at ``low`` alone, then the ids."""
+    BITS: tl.constexpr = 23 if LOG_N < 4 else 31 - 2 * LOG_N
+    LAST: tl.constexpr = (1 << LOG_N) - 1
+    steps = _fixed_point(tl.where(mask, sums, low), low, high, BITS) & ((1 << BITS) - 1)
+    steps = tl.where(sums > low, tl.maximum(steps, 1), 0)
+    return tl.where(mask, (steps << (2 * LOG_N)) | ((LAST - row_ids) << LOG_N) | (LAST - col_ids), LOWEST)
+
+
+@triton.jit
+def _sort_all(ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr, LOG_N: tl.constexpr):
+    """Keys ``[WIDTH]`` of all candidates in order, and how many there are."""
+    number = tl.arange(0, WIDTH)
+    list, begin, total = _find_list_of_all(number, N, K, A)
+    mask = number < total
+    sums, row_ids, col_ids = _load_pairs(ranked_ptr, number, list, begin, mask, R, A)
+    low = tl.min(tl.where(mask & (sums == sums), sums, float("inf")))
+    high = tl.load(ranked_ptr) + tl.load(ranked_ptr + R)
+    return top(_pair_keys(sums, row_ids, col_ids, low, high, mask, LOG_N), WIDTH), total
+
+
+@triton.jit
+def _sort_chosen(
+    ranked_ptr,
+    total,
+    low,
+    N,
+    R: tl.constexpr,
+    A: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LOG_N: tl.constexpr,
+    IS_QUICK: tl.constexpr,
+):
+    """Keys ``[WIDTH]`` of the chosen sums, or where these are more than WIDTH of the best, in order."""
+    high = tl.load(ranked_ptr) + tl.load(ranked_ptr + R)
+    best = tl.full([WIDTH], LOWEST if IS_QUICK else PADDING, tl.int32 if IS_QUICK else tl.int64)
+    for start in range(0, total, WIDTH):
+        number = start + tl.arange(0, WIDTH)
+        mask = number < total
+        list, begin = _find_list(_as_ints(ranked_ptr + 4 * R), number, A)
+        sums, row_ids, col_ids = _load_pairs(ranked_ptr, number, list, begin, mask, R, A)
+        if IS_QUICK:
+            keys = _pair_keys(sums, row_ids, col_ids, low, high, mask, LOG_N)
+        else:
+            keys = _pack(sums, row_ids.to(tl.int64) * N + col_ids, mask)
+        keys = top(keys, WIDTH)
+        if start > 0:
+            keys = merge_best(best, keys)
+        best = keys
     return best
 
 
 @triton.jit
-def _pair_keys(
-    rows, cols, start, N, K, R: tl.constexpr, K_POW2: tl.constexpr, LOG_K: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Keys of the candidates in slots [start, start + BLOCK_C)."""
-    slot = start + tl.arange(0, BLOCK_C)
-    block = slot >> LOG_K
-    log_width = tl.maximum(LOG_K - block, 0)
-    in_block = slot & (K_POW2 - 1)
-    i = (1 << tl.minimum(block, LOG_K)) - 1 + (in_block >> log_width)
-    j = in_block & ((1 << log_width) - 1)
-    mask = (block <= LOG_K) & ((i + 1) * (j + 1) <= K) & (i < N) & (j < N)
-    row = tl.gather(rows, tl.minimum(i, R - 1), 0)
-    col = tl.gather(cols, tl.minimum(j, R - 1), 0)
-    return _pack(_scores(row) + _scores(col), _ids(row) * N + _ids(col), mask)
+def _settle_pairs(best, total, logits_ptr, half_stride, ranked_ptr, N, WIDTH: tl.constexpr, LOG_N: tl.constexpr):
+    """Sums and expert ids ``[WIDTH]`` of sorted keys in their final order; they replace the ranks in memory."""
+    LAST: tl.constexpr = (1 << LOG_N) - 1
+    row = LAST - ((best >> LOG_N) & LAST)
+    col = LAST - (best & LAST)
+    sums = _load(logits_ptr, row, best >= 0) + _load(logits_ptr + half_stride, col, best >= 0)
+    w = tl.arange(0, WIDTH)
+    ids_ptr = _as_ints(ranked_ptr + WIDTH)
+    tl.debug_barrier()
+    tl.store(ranked_ptr + w, sums)
+    tl.store(ids_ptr + w, (row << LOG_N) | col)
+    _settle(sums, ranked_ptr, ids_ptr, tl.minimum(total, WIDTH), WIDTH)
+    ids = tl.load(ids_ptr + w)
+    return tl.load(ranked_ptr + w), (ids >> LOG_N) * N + (ids & LAST)
 
 
 @triton.jit
 def _router_fwd_kernel(
     logits_ptr,
+    scratch_ptr,
     scores_ptr,
     indices_ptr,
+    log_sums_ptr,
+    half_stride,
+    token_stride,
     T,
     N,
     K,
     R: tl.constexpr,
-    K_POW2: tl.constexpr,
-    LOG_K: tl.constexpr,
-    NUM_SLOTS: tl.constexpr,
+    A: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    N_IS_ONE_BLOCK: tl.constexpr,
+    SCRATCH: tl.constexpr,
+    IS_QUICK: tl.constexpr,
+    TAKES_ALL: tl.constexpr,
+    OUTPUT: tl.constexpr,
 ):
+    """A token's scratch: 2R scores, 2R ids and 2A ends of lists; then WIDTH sums and WIDTH ids."""
+    LOG_N: tl.constexpr = log2(BLOCK_N)
     t = tl.program_id(0).to(tl.int64)
-    rows = _rank_half(logits_ptr + t * N, N, R, BLOCK_N, N_IS_ONE_BLOCK)
-    cols = _rank_half(logits_ptr + (t + T) * N, N, R, BLOCK_N, N_IS_ONE_BLOCK)
-    if NUM_SLOTS <= BLOCK_C:
-        best = tl.topk(_pair_keys(rows, cols, 0, N, K, R, K_POW2, LOG_K, BLOCK_C), K_POW2)
+    logits_ptr += t * token_stride
+    ranked_ptr = scratch_ptr + t * SCRATCH
+    log_sums = 0.0
+    for half in range(2):
+        half_ptr = logits_ptr + half * half_stride
+        half_scores_ptr, half_ids_ptr = ranked_ptr + half * R, _as_ints(ranked_ptr + (2 + half) * R)
+        if IS_QUICK:
+            _rank_quickly(half_ptr, half_scores_ptr, half_ids_ptr, N, R, BLOCK_N)
+        else:
+            _rank_many(half_ptr, half_scores_ptr, half_ids_ptr, N, R, BLOCK_N)
+        if OUTPUT == PROBABILITIES:
+            log_sum = _log_sum_exp(half_ptr, N, BLOCK_N)
+            tl.store(log_sums_ptr + half * T + t, log_sum)
+            log_sums += log_sum
+    tl.debug_barrier()
+    if TAKES_ALL:
+        best, total = _sort_all(ranked_ptr, N, K, R, A, WIDTH, LOG_N)
     else:
-        best = tl.full([K_POW2], PADDING, tl.int64)
-        for start in range(0, NUM_SLOTS, BLOCK_C):
-            best = _merge_best(best, _pair_keys(rows, cols, start, N, K, R, K_POW2, LOG_K, BLOCK_C), K_POW2)
-    k = tl.arange(0, K_POW2)
-    tl.store(scores_ptr + t * K + k, round_for(scores_ptr, _scores(best)), mask=k < K)
-    tl.store(indices_ptr + t * K + k, _ids(best), mask=k < K)
+        counts, low = _find_threshold(ranked_ptr, N, K, R, A, WIDTH)
+        total = tl.sum(counts)
+        tl.store(_as_ints(ranked_ptr + 4 * R) + tl.arange(0, 2 * A), tl.cumsum(counts, 0))
+        tl.debug_barrier()
+        best = _sort_chosen(ranked_ptr, total, low, N, R, A, WIDTH, LOG_N, IS_QUICK)
+    if IS_QUICK:
+        scores, ids = _settle_pairs(best, total, logits_ptr, half_stride, ranked_ptr, N, WIDTH, LOG_N)
+    else:
+        scores, ids = _scores(best), _ids(best)
+    k = tl.arange(0, WIDTH)
+    if OUTPUT == PROBABILITIES:
+        scores = tl.exp(scores - log_sums)
+    elif OUTPUT == RENORMALIZED:
+        scores = tl.where(k < K, scores, float("-inf"))
+        exponentials = tl.exp(scores - tl.reduce(scores, 0, _nan_max))
+        scores = exponentials / tl.sum(exponentials)
+    tl.store(scores_ptr + t * K + k, round_for(scores_ptr, scores), mask=k < K)
+    tl.store(indices_ptr + t * K + k, ids.to(tl.int64), mask=k < K)
 
 
 @triton.jit
-def _router_bwd_kernel(dscores_ptr, indices_ptr, dlogits_ptr, T, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """dlogits[half, t, n] = the sum of dscores[t, k] over the k whose expert has n as that half's key."""
+def _router_bwd_kernel(
+    dout_ptr,
+    weights_ptr,
+    indices_ptr,
+    logits_ptr,
+    log_sums_ptr,
+    dlogits_ptr,
+    half_stride,
+    token_stride,
+    T,
+    N,
+    K,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OUTPUT: tl.constexpr,
+):
+    """dlogits[half, t, n] = the sum of dscores[t, k] over the k whose expert has n as that half's key.
+
+    Weights w = exp(score - log_sums) have dscores = w dw, and each logit less its probability times the sum of those.
+    Renormalized ones have dscores = w (dw - sum of w dw).
+    """
     t = tl.program_id(0).to(tl.int64)
     half = tl.program_id(2).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = 0.0
+    if OUTPUT != SCORES:
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            dout = tl.load(dout_ptr + t * K + k, mask=k < K, other=0.0)
+            inner += tl.sum(dout * tl.load(weights_ptr + t * K + k, mask=k < K, other=0.0))
     acc = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        dscores = tl.load(dscores_ptr + t * K + k, mask=k < K, other=0.0).to(tl.float32)
+        dscores = tl.load(dout_ptr + t * K + k, mask=k < K, other=0.0).to(tl.float32)
+        if OUTPUT != SCORES:
+            dscores -= inner if OUTPUT == RENORMALIZED else 0.0
+            dscores *= tl.load(weights_ptr + t * K + k, mask=k < K, other=0.0)
         # Unsigned 32-bit: ids are below 2^32 here, and a 64-bit division costs several times more.
         ids = tl.load(indices_ptr + t * K + k, mask=k < K, other=0).to(tl.uint32)
         keys_per_half = tl.full([BLOCK_K], N, tl.uint32)
         row = ids // keys_per_half
         key = tl.where(half == 0, row, ids - row * keys_per_half)
         acc += tl.where(key[:, None] == n.to(tl.uint32)[None, :], dscores[:, None], 0.0)
-    tl.store(dlogits_ptr + (half * T + t) * N + n, round_for(dlogits_ptr, tl.sum(acc, 0)), mask=n < N)
-
-
-def _num_warps(num_keys: int) -> int:
-    return 1 if num_keys <= MAX_SORT else min(16, num_keys // KEYS_PER_WARP)
+    dlogits = tl.sum(acc, 0)
+    offset = half * half_stride + t * token_stride + n
+    if OUTPUT == PROBABILITIES:
+        logits = tl.load(logits_ptr + offset, mask=n < N, other=0.0).to(tl.float32)
+        dlogits -= tl.exp(logits - tl.load(log_sums_ptr + half * T + t)) * inner
+    tl.store(dlogits_ptr + offset, round_for(dlogits_ptr, dlogits), mask=n < N)
 
 
 def router_forward(router_logits: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
     """``scores [T, K]`` in the logits' dtype and ``indices [T, K]``, int64, for logits ``[2, T, N]``."""
-    _, T, N = router_logits.shape
-    K = num_experts_per_tok
-    scores = router_logits.new_empty(T, K)
+    scores = router_logits.new_empty(router_logits.shape[1], num_experts_per_tok)
+    return scores, _forward(router_logits, scores, scores, SCORES.value)
+
+
+def routing_forward(
+    router_logits: Tensor, num_experts_per_tok: int, norm_topk_prob: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``weights [T, K]``, float32, ``indices [T, K]``, int64, and the logits' ``log_sums [2, T]`` (empty if normed)."""
+    T = router_logits.shape[1]
+    weights = router_logits.new_empty(T, num_experts_per_tok, dtype=torch.float32)
+    log_sums = weights.new_empty(2, 0 if norm_topk_prob else T)
+    output = RENORMALIZED if norm_topk_prob else PROBABILITIES
+    return weights, _forward(router_logits, weights, log_sums, output.value), log_sums
+
+
+def _forward(router_logits: Tensor, scores: Tensor, log_sums: Tensor, output: int) -> Tensor:
+    (_, T, N), K = router_logits.shape, scores.shape[1]
     indices = torch.empty_like(scores, dtype=torch.int64)
-    # tl.topk needs at least two elements.
-    R = max(2, triton.next_power_of_2(min(K, N)))
-    k_pow2 = max(2, triton.next_power_of_2(K))
-    log_k = k_pow2.bit_length() - 1
-    num_slots = k_pow2 * R.bit_length()  # ranks i beyond R do not exist, and so neither do blocks beyond log2(R)
-    block_n = max(R, min(MAX_SORT, triton.next_power_of_2(N)))
-    block_c = max(k_pow2, min(MAX_SORT, triton.next_power_of_2(num_slots)))
+    meta, num_warps, registers = _shape_forward(N, K)
+    scratch = torch.empty(T, meta["SCRATCH"], dtype=torch.float32, device=router_logits.device)
+    # The interpreter has no registers to limit.
+    limit = {"maxnreg": registers} if router_logits.is_cuda else {}
     with torch.cuda.device_of(router_logits):
         _router_fwd_kernel[(T,)](
             router_logits,
+            scratch,
             scores,
             indices,
+            log_sums,
+            *router_logits.stride()[:2],
             T,
             N,
             K,
-            R,
-            k_pow2,
-            log_k,
-            num_slots,
-            block_n,
-            block_c,
-            block_n >= N,
-            num_warps=_num_warps(max(block_n, block_c)),
+            **meta,
+            OUTPUT=output,
+            num_warps=num_warps,
+            **limit,
         )
-    return scores, indices
+    return indices
+
+
+@lru_cache(maxsize=256)
+def _shape_forward(num_expert_keys: int, num_experts_per_tok: int) -> tuple[dict[str, int | bool], int, int | None]:
+    """The forward kernel's constants, its warps, and its registers a thread."""
+    N, K = num_expert_keys, num_experts_per_tok
+    candidates = sum(min(N, K // i) for i in range(1, min(N, K) + 1))
+    ranks = max(2, triton.next_power_of_2(min(K, N)))
+    block_n = max(ranks, min(MAX_SORT, triton.next_power_of_2(N)))
+    width = max(2, triton.next_power_of_2(K))
+    is_quick = N <= block_n <= MAX_SORT
+    takes_all = is_quick and K <= MAX_TAKE_ALL
+    if takes_all:
+        width = max(2, triton.next_power_of_2(candidates))
+    elif width <= MAX_WIDE and 4 * K > 3 * width:
+        width *= 2
+    lists = 1
+    while K // (lists + 1) > lists:
+        lists *= 2
+    meta: dict[str, int | bool] = {
+        "R": ranks,
+        "A": lists,
+        "WIDTH": width,
+        "BLOCK_N": block_n,
+        "SCRATCH": max(4 * ranks + 2 * lists, 2 * width),
+        "IS_QUICK": is_quick,
+        "TAKES_ALL": takes_all,
+    }
+    longest = max(block_n, width)
+    if is_quick:
+        registers = SMALL_SORT_REGISTERS if longest <= SMALL_SORT else REGISTERS
+        return meta, max(1, longest // KEYS_PER_WARP), registers if longest <= MAX_SORT else None
+    return meta, 1 if longest <= LONG_KEYS_PER_WARP else min(16, longest // LONG_KEYS_PER_WARP), None
 
 
 def router_backward(grad_scores: Tensor, indices: Tensor, num_expert_keys: int) -> Tensor:
     """``grad_logits [2, T, N]``, summed in float32 in the order of k."""
-    T, K = indices.shape
-    grad_logits = grad_scores.new_empty(2, T, num_expert_keys)
-    block_n = min(BACKWARD_BLOCK_N, triton.next_power_of_2(num_expert_keys))
-    grid = (T, triton.cdiv(num_expert_keys, block_n), 2)
-    with torch.cuda.device_of(grad_scores):
-        _router_bwd_kernel[grid](
-            grad_scores,
+    grad_logits = grad_scores.new_empty(2, indices.shape[0], num_expert_keys)
+    _backward(grad_scores, grad_scores, indices, grad_logits, grad_scores, grad_logits, SCORES.value)
+    return grad_logits
+
+
+def routing_backward(
+    grad_weights: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    router_logits: Tensor,
+    log_sums: Tensor,
+    norm_topk_prob: bool,
+) -> Tensor:
+    """``grad_logits [2, T, N]`` in the dtype and memory order of the logits."""
+    grad_logits = torch.empty_like(router_logits)
+    output = RENORMALIZED if norm_topk_prob else PROBABILITIES
+    _backward(grad_weights, weights, indices, router_logits, log_sums, grad_logits, output.value)
+    return grad_logits
+
+
+def _backward(
+    grad_out: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    router_logits: Tensor,
+    log_sums: Tensor,
+    grad_logits: Tensor,
+    output: int,
+) -> None:
+    (_, T, N), K = grad_logits.shape, indices.shape[1]
+    block_n = min(BACKWARD_BLOCK_N, triton.next_power_of_2(N))
+    with torch.cuda.device_of(grad_out):
+        _router_bwd_kernel[(T, triton.cdiv(N, block_n), 2)](
+            grad_out,
+            weights,
             indices,
+            router_logits,
+            log_sums,
             grad_logits,
+            *grad_logits.stride()[:2],
             T,
-            num_expert_keys,
+            N,
             K,
             block_n,
             BACKWARD_BLOCK_K,
+            output,
             num_warps=BACKWARD_WARPS,
         )
-    return grad_logits
