@@ -38,8 +38,8 @@ MAX_WIDE = 128
 KEYS_PER_WARP, LONG_KEYS_PER_WARP = 1024, 128
 # Registers a thread, so that 32 one-warp programs fit a multiprocessor: 18 instead of 20 us at T 4096, N 128, K 64.
 SMALL_SORT, SMALL_SORT_REGISTERS, REGISTERS = 128, 64, 112
-# Best of eight shapes on an H200 at every size but T = 1: 0.025 ms at T 4096, N 128, K 64.
-BACKWARD_BLOCK_N, BACKWARD_BLOCK_K, BACKWARD_WARPS = 128, 8, 1
+# Gradients written at a time.
+BACKWARD_BLOCK_N = 512
 
 
 @triton.jit
@@ -404,6 +404,20 @@ def _router_fwd_kernel(
 
 
 @triton.jit
+def _add_in_segment(begins_a, a, begins_b, b):
+    return begins_a | begins_b, tl.where(begins_b != 0, b, a + b)
+
+
+@triton.jit
+def _softmax_part(logits_ptr, n, mask, log_sum, inner, OUTPUT: tl.constexpr):
+    """What the softmax over the keys adds to a logit's gradient, chosen or not."""
+    if OUTPUT == PROBABILITIES:
+        return -tl.exp(_load(logits_ptr, n, mask) - log_sum) * inner
+    else:
+        return tl.zeros(n.shape, tl.float32)
+
+
+@triton.jit
 def _router_bwd_kernel(
     dout_ptr,
     weights_ptr,
@@ -417,7 +431,7 @@ def _router_bwd_kernel(
     N,
     K,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    K_POW2: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):
     """dlogits[half, t, n] = the sum of dscores[t, k] over the k whose expert has n as that half's key.
@@ -425,34 +439,36 @@ def _router_bwd_kernel(
     Weights w = exp(score - log_sums) have dscores = w dw, and each logit less its probability times the sum of those.
     Renormalized ones have dscores = w (dw - sum of w dw).
     """
-    t = tl.program_id(0).to(tl.int64)
-    half = tl.program_id(2).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t, half = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    offset = half * half_stride + t * token_stride
+    k = tl.arange(0, K_POW2)
+    # Unsigned 32-bit: ids are below 2^32 here, and a 64-bit division costs several times more.
+    ids = tl.load(indices_ptr + t * K + k, mask=k < K, other=0).to(tl.uint32)
+    keys_per_half = tl.full([K_POW2], N, tl.uint32)
+    row = ids // keys_per_half
+    key = tl.where(half == 0, row, ids - row * keys_per_half)
+    # Equal keys side by side, in a fixed order. N and K are below 2^16 and 2^13: 29 bits hold both, less the sign.
+    pairs = top(tl.where(k < K, (key.to(tl.int32) << log2(K_POW2)) | k, -1), K_POW2)
+    order = pairs & (K_POW2 - 1)
+    key = pairs >> log2(K_POW2)
+    dscores = tl.load(dout_ptr + t * K + order, mask=pairs >= 0, other=0.0).to(tl.float32)
     inner = 0.0
     if OUTPUT != SCORES:
-        for start in range(0, K, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            dout = tl.load(dout_ptr + t * K + k, mask=k < K, other=0.0)
-            inner += tl.sum(dout * tl.load(weights_ptr + t * K + k, mask=k < K, other=0.0))
-    acc = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        dscores = tl.load(dout_ptr + t * K + k, mask=k < K, other=0.0).to(tl.float32)
-        if OUTPUT != SCORES:
-            dscores -= inner if OUTPUT == RENORMALIZED else 0.0
-            dscores *= tl.load(weights_ptr + t * K + k, mask=k < K, other=0.0)
-        # Unsigned 32-bit: ids are below 2^32 here, and a 64-bit division costs several times more.
-        ids = tl.load(indices_ptr + t * K + k, mask=k < K, other=0).to(tl.uint32)
-        keys_per_half = tl.full([BLOCK_K], N, tl.uint32)
-        row = ids // keys_per_half
-        key = tl.where(half == 0, row, ids - row * keys_per_half)
-        acc += tl.where(key[:, None] == n.to(tl.uint32)[None, :], dscores[:, None], 0.0)
-    dlogits = tl.sum(acc, 0)
-    offset = half * half_stride + t * token_stride + n
-    if OUTPUT == PROBABILITIES:
-        logits = tl.load(logits_ptr + offset, mask=n < N, other=0.0).to(tl.float32)
-        dlogits -= tl.exp(logits - tl.load(log_sums_ptr + half * T + t)) * inner
-    tl.store(dlogits_ptr + offset, round_for(dlogits_ptr, dlogits), mask=n < N)
+        weights = tl.load(weights_ptr + t * K + order, mask=pairs >= 0, other=0.0)
+        inner = tl.sum(dscores * weights)
+        dscores = weights * (dscores - inner if OUTPUT == RENORMALIZED else dscores)
+    begins = (k == 0) | (key != tl.gather(key, tl.maximum(k - 1, 0), 0))
+    _, dlogits = tl.associative_scan((begins.to(tl.int32), dscores), 0, _add_in_segment)
+    ends = (k == K_POW2 - 1) | (key != tl.gather(key, tl.minimum(k + 1, K_POW2 - 1), 0))
+    log_sum = tl.load(log_sums_ptr + half * T + t) if OUTPUT == PROBABILITIES else 0.0
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        unchosen = _softmax_part(logits_ptr + offset, n, n < N, log_sum, inner, OUTPUT)
+        tl.store(dlogits_ptr + offset + n, round_for(dlogits_ptr, unchosen), mask=n < N)
+    tl.debug_barrier()
+    is_key = ends & (pairs >= 0)
+    dlogits += _softmax_part(logits_ptr + offset, key, is_key, log_sum, inner, OUTPUT)
+    tl.store(dlogits_ptr + offset + key, round_for(dlogits_ptr, dlogits), mask=is_key)
 
 
 def router_forward(router_logits: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
@@ -532,7 +548,7 @@ def _shape_forward(num_expert_keys: int, num_experts_per_tok: int) -> tuple[dict
 
 
 def router_backward(grad_scores: Tensor, indices: Tensor, num_expert_keys: int) -> Tensor:
-    """``grad_logits [2, T, N]``, summed in float32 in the order of k."""
+    """``grad_logits [2, T, N]``, summed in float32 in a fixed order."""
     grad_logits = grad_scores.new_empty(2, indices.shape[0], num_expert_keys)
     _backward(grad_scores, grad_scores, indices, grad_logits, grad_scores, grad_logits, SCORES.value)
     return grad_logits
@@ -564,8 +580,9 @@ def _backward(
 ) -> None:
     (_, T, N), K = grad_logits.shape, indices.shape[1]
     block_n = min(BACKWARD_BLOCK_N, triton.next_power_of_2(N))
+    k_pow2 = max(2, triton.next_power_of_2(K))
     with torch.cuda.device_of(grad_out):
-        _router_bwd_kernel[(T, triton.cdiv(N, block_n), 2)](
+        _router_bwd_kernel[(T, 2)](
             grad_out,
             weights,
             indices,
@@ -577,7 +594,7 @@ def _backward(
             N,
             K,
             block_n,
-            BACKWARD_BLOCK_K,
+            k_pow2,
             output,
-            num_warps=BACKWARD_WARPS,
+            num_warps=max(1, k_pow2 // KEYS_PER_WARP),
         )
