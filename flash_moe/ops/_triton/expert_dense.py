@@ -8,10 +8,10 @@ float32 and in a fixed order. With P [T, E] the coefficients of the pairs, zero 
 P is never in memory. What it costs to make a tile of it decides: an H200 multiplies a tile of 128 tokens x 64 experts
 by 64 x 256 table values in 1024 clocks (2048 products a clock and SM), in which an SM can issue 16 instructions for
 each of the 8192 coefficients. Comparing every pair of the token with every expert of the tile takes 3 K; finding a
-coefficient by a bit mask and the number of bits before it about 10, of them a population count, 16 a clock. So each
-token's pairs are sorted by expert once, and each group of 8 experts of which it chose any becomes 8 values, zeros among
-them, that one 16-byte load brings in (``Compressed``): about 1 instruction a coefficient. Memory: at most 16 bytes a
-pair, and 2 bytes for each token and group to find them.
+coefficient by a bit mask and the number of bits before it about 10, of them a population count, 16 a clock. So, once,
+each group of 8 experts of which a token chose any becomes 8 values, zeros among them, that one 16-byte copy brings to
+where tensor cores read them (``Compressed``): less than 1 instruction a coefficient. Memory: 16 bytes a pair, and 2
+bytes for each token and group to find them.
 
 Unlike a gather, P @ table multiplies every row by something: an infinity or NaN in a row reaches all sums as NaN.
 """
@@ -110,12 +110,12 @@ def _num_splits(length: int, num_programs: int, multiprocessors: int) -> int:
 class Compressed:
     """P without the groups of 8 experts that a token chose none of. An example with E = 20, so G = 3:
 
-    indices [[17, 2, 17]], coefficients [[.5, 3, 1]]  ->  slots, column 0 of 16: [0, -1, 1]; the others are -1
-    values [[[0, 0, 3, 0, 0, 0, 0, 0], [0, 1.5, 0, 0, 0, 0, 0, 0], [anything]]]
+    indices [[17, 2, 17]], coefficients [[.5, 3, 1]]  ->  slots, column 0 of 16: [1, -1, 2]; the others are -1
+    values [[[0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 3, 0, 0, 0, 0, 0], [0, 1.5, 0, 0, 0, 0, 0, 0]]]
     """
 
     # [G, S] int16 or int32, where S is T rounded up to SLOTS_ALIGNMENT, so that rows are loaded 16 bytes at a time
-    # whatever T is: the place of the group among the token's, -1 where it chose none of it.
+    # whatever T is: where the group's values are among the token's K, at one of its pairs; -1 where it chose none.
     slots: Tensor
     values: Tensor  # [T, K, 8] in the dtype of the operands
     scales: Tensor | None  # float16: what the values were multiplied by, a power of two for each row of the result
