@@ -12,19 +12,19 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_moe.ops._reference.expert import expert_reference
 from flash_moe.ops._reference.mlp import mlp_reference
-from flash_moe.ops._reference.router import router_reference
+from flash_moe.ops._reference.router import router_reference, routing_reference
 from flash_moe.ops.flash_expert import flash_expert
 from flash_moe.ops.flash_mlp import flash_mlp
-from flash_moe.ops.flash_router import flash_router
+from flash_moe.ops.flash_router import flash_router, flash_routing
 from flash_moe.testing import make_expert_inputs, make_mlp_inputs, make_router_inputs, poison_memory, run_with_grads
 
 both_backends = pytest.mark.parametrize("backend", ["triton", "torch"])
-every_op = pytest.mark.parametrize("op", ["router", "expert", "mlp"])
-FUNCTIONS = {"router": flash_router, "expert": flash_expert, "mlp": flash_mlp}
+every_op = pytest.mark.parametrize("op", ["router", "routing", "expert", "mlp"])
+FUNCTIONS = {"router": flash_router, "routing": flash_routing, "expert": flash_expert, "mlp": flash_mlp}
 
 
 def make_inputs(op, device, T=6, dtype=torch.float32, seed=0):
-    if op == "router":
+    if op in ("router", "routing"):
         return make_router_inputs(T, 5, 7, dtype, device, seed)
     if op == "expert":
         return make_expert_inputs(T, 24, 9, 3, dtype, device, seed)
@@ -32,7 +32,7 @@ def make_inputs(op, device, T=6, dtype=torch.float32, seed=0):
 
 
 def realistic_inputs(op, device, seed=0):
-    if op == "router":
+    if op in ("router", "routing"):
         return make_router_inputs(512, 128, 64, torch.float32, device, seed)
     if op == "expert":
         return make_expert_inputs(512, 256, 1024, 32, torch.bfloat16, device, seed)
@@ -48,6 +48,7 @@ def samples(backend, device):
     """Arguments for every registered op, by name."""
     (logits, N, K), dscores = make_inputs("router", device)
     _, ids = flash_router(logits, N, K, backend=backend)
+    dweights, (weighed, _, log_sums) = dscores.float(), torch.ops.flash_moe.flash_routing(logits, K, False, backend)
     (x, down, up, indices, weights), dout = make_inputs("expert", device)
     s = torch.randn_like(weights)
     x, down, up, weights, logits = (t.requires_grad_() for t in (x, down, up, weights, logits))
@@ -56,6 +57,8 @@ def samples(backend, device):
     return {
         "flash_router": (logits, K, backend),
         "flash_router_backward": (dscores, ids, N, backend),
+        "flash_routing": (logits, K, False, backend),
+        "flash_routing_backward": (dweights, weighed, ids, logits.detach(), log_sums, False, backend),
         "flash_expert": (x, down, up, indices, weights, "silu", backend),
         "flash_expert_backward_tokens": (
             dout, constant, down.detach(), up.detach(), indices, weights.detach(), s, "silu", backend,
@@ -78,6 +81,8 @@ def test_every_op_has_a_sample(device):
     [
         "flash_router",
         "flash_router_backward",
+        "flash_routing",
+        "flash_routing_backward",
         "flash_expert",
         "flash_expert_backward_tokens",
         "flash_expert_backward_tables",
@@ -90,9 +95,18 @@ def test_opcheck(name, backend, device):
     opcheck(getattr(torch.ops.flash_moe, name).default, samples(backend, device)[name])
 
 
+def routing_unnormed(logits, N, K):
+    return routing_reference(logits, N, K, norm_topk_prob=False)
+
+
 @every_op
 def test_reference_passes_gradcheck(op, device):
-    reference = {"router": router_reference, "expert": expert_reference, "mlp": mlp_reference}[op]
+    reference = {
+        "router": router_reference,
+        "routing": routing_unnormed,
+        "expert": expert_reference,
+        "mlp": mlp_reference,
+    }[op]
     inputs, _ = make_inputs(op, device, T=3, dtype=torch.float64)
     floating = [x.requires_grad_() for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
     positions = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and x.is_floating_point()]
@@ -181,7 +195,7 @@ def test_upstream_gradients_of_any_layout(op, backend, device):
     scale = torch.rand(dout.shape[::-1], device=device)
     for loss, same in ((torch.sum, torch.ones_like(dout)), (lambda x: (x.t() * scale).sum(), scale.t().contiguous())):
         out, want_out = (FUNCTIONS[op](*leaves, backend=backend) for _ in range(2))
-        out, want_out = (x[0] if op == "router" else x for x in (out, want_out))
+        out, want_out = (x[0] if op in ("router", "routing") else x for x in (out, want_out))
         grads, want = torch.autograd.grad(loss(out), wanted), torch.autograd.grad(want_out, wanted, same)
         if op == "mlp":  # its products are torch's, which may take another kernel for another layout
             torch.testing.assert_close(grads, want)
@@ -235,7 +249,7 @@ def run_python(code, **environment):
     return subprocess.run(command, capture_output=True, text=True, env={**inherited, **environment}, timeout=240)
 
 
-@every_op
+@pytest.mark.parametrize("op", ["router", "expert", "mlp"])
 def test_the_triton_names_do_not_fall_back(op):
     """On a CPU without the interpreter; a test above runs the same call with it."""
     code = f"""
