@@ -8,10 +8,10 @@ float32 and in a fixed order. With P [T, E] the coefficients of the pairs, zero 
 P is never in memory. What it costs to make a tile of it decides: an H200 multiplies a tile of 128 tokens x 64 experts
 by 64 x 256 table values in 1024 clocks (2048 products a clock and SM), in which an SM can issue 16 instructions for
 each of the 8192 coefficients. Comparing every pair of the token with every expert of the tile takes 3 K; finding a
-coefficient by a bit mask and the number of bits before it about 10, of them a population count, 16 a clock. So, once,
-each group of 8 experts of which a token chose any becomes 8 values, zeros among them, that one 16-byte copy brings to
-where tensor cores read them (``Compressed``): less than 1 instruction a coefficient. Memory: 16 bytes a pair, and 2
-bytes for each token and group to find them.
+coefficient by a bit mask and the number of bits before it about 10, of them a population count, 16 a clock. So each
+token's pairs are sorted by expert once, and each group of 8 experts of which it chose any becomes 8 values, zeros among
+them, that one 16-byte copy brings to where tensor cores read them (``Compressed``): less than 1 instruction a
+coefficient. Memory: at most 16 bytes a pair, and 2 bytes for each token and group to find them.
 
 Unlike a gather, P @ table multiplies every row by something: an infinity or NaN in a row reaches all sums as NaN.
 """
@@ -22,7 +22,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flash_moe.ops._triton.math import activation, dot, round_for
 
@@ -30,8 +29,6 @@ GROUP = tl.constexpr(8)
 COMPRESS_BLOCK, COMPRESS_WARPS = 512, 4
 ADD_BLOCK = 1024
 SLOTS_ALIGNMENT = 16
-# Whether kernels of a chain are launched before their predecessors end (programmatic dependent launch).
-EARLY_LAUNCH = True
 # Row blocks that take turns at one column block, so that what programs read at one time stays in L2.
 ROW_BLOCKS_IN_TURN = 8
 # A sum over fewer rows than this is not split among programs.
@@ -53,7 +50,7 @@ class Tile:
 # rate, those of 128 x 128 for 64.
 DOTS_TILE = Tile(128, 256, 64, 8, 3)
 TOKEN_SUMS_TILE = Tile(128, 256, 64, 8, 5)
-EXPERT_SUMS_TILE = Tile(128, 256, 64, 8, 7)
+EXPERT_SUMS_TILE = Tile(128, 256, 64, 8, 5)
 # float32 does without tensor cores.
 FLOAT32_TILE = Tile(32, 64, 32, 4, 2)
 # Pairs of a token that the dots' last step looks up at a time.
@@ -84,8 +81,7 @@ def predict_us(
     gathered = T * K * H * itemsize / rate + LAUNCH_US
     if product == "expert_sums":
         gathered += T * K / GATHER_SORT_PAIRS_PER_US
-    # Then there are no tensor cores, no 16-byte loads, or twins that 16 bits do not tell apart.
-    if itemsize != 2 or H % 16 != 0 or K > 2**16:
+    if itemsize != 2 or H % 16 != 0:  # then no tensor cores, or no 16-byte loads
         return gathered, float("inf")
     tile = {"dots": DOTS_TILE, "token_sums": TOKEN_SUMS_TILE, "expert_sums": EXPERT_SUMS_TILE}[product]
     R, C, length = {"dots": (T, E, H), "token_sums": (T, H, E), "expert_sums": (E, H, T)}[product]
@@ -110,15 +106,20 @@ def _num_splits(length: int, num_programs: int, multiprocessors: int) -> int:
 class Compressed:
     """P without the groups of 8 experts that a token chose none of. An example with E = 20, so G = 3:
 
-    indices [[17, 2, 17]], coefficients [[.5, 3, 1]]  ->  slots, column 0 of 16: [1, -1, 2]; the others are -1
-    values [[[0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 3, 0, 0, 0, 0, 0], [0, 1.5, 0, 0, 0, 0, 0, 0]]]
+    indices [[17, 2, 17]], coefficients [[.5, 3, 1]]  ->  slots, column 0 of 16: [0, -1, 1]; the others are -1
+    values [[[0, 0, 3, 0, 0, 0, 0, 0], [0, 1.5, 0, 0, 0, 0, 0, 0], [anything]]]
     """
 
     # [G, S] int16 or int32, where S is T rounded up to SLOTS_ALIGNMENT, so that rows are loaded 16 bytes at a time
-    # whatever T is: where the group's values are among the token's K, at one of its pairs; -1 where it chose none.
+    # whatever T is: the place of the group among the token's, -1 where it chose none of it.
     slots: Tensor
     values: Tensor  # [T, K, 8] in the dtype of the operands
     scales: Tensor | None  # float16: what the values were multiplied by, a power of two for each row of the result
+
+
+@triton.jit
+def _add_to_same_expert(e, total, next_e, next_total):
+    return next_e, tl.where(e == next_e, total, 0.0) + next_total
 
 
 @triton.jit
@@ -126,35 +127,6 @@ def _scale_for(largest):
     """The power of two that brings a float32 ``largest`` >= 2^-100 into [2^14, 2^15), below the largest float16."""
     exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 127, -100)
     return ((127 + 14 - exponent) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _load_weights(weights_ptr, pair, mask):
-    if weights_ptr is None:
-        return None
-    return tl.load(weights_ptr + pair, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _weigh(coefficients, weights, HIDDEN_ACT: tl.constexpr):
-    return coefficients if weights is None else activation(coefficients, HIDDEN_ACT) * weights
-
-
-@triton.jit
-def _has_twin(values_ptr, place, k, is_pair):
-    """Whether any two pairs of a token have one ``place``: each leaves its number there and looks whether it stays.
-
-    That takes two memory accesses a pair, where sorting takes some 200 instructions. Numbers of 16 bits tell K <= 2^16.
-    """
-    TAG: tl.constexpr = tl.int32 if values_ptr.dtype.element_ty == tl.float32 else tl.int16
-    tag_ptr = values_ptr.to(tl.pointer_type(TAG), bitcast=True) + place
-    tag = tl.broadcast_to(k, place.shape).to(TAG)
-    tl.store(tag_ptr, tag, mask=is_pair)
-    tl.debug_barrier()
-    is_lost = is_pair & (tl.load(tag_ptr, mask=is_pair, other=0) != tag)
-    has_twin = tl.max(tl.max(is_lost.to(tl.int32), 1), 0) > 0
-    tl.debug_barrier()
-    return has_twin
 
 
 @triton.jit
@@ -171,64 +143,53 @@ def _compress_kernel(
     K,
     HIDDEN_ACT: tl.constexpr,
     SCALE_BY_EXPERT: tl.constexpr,
-    EARLY_LAUNCH: tl.constexpr,
-    INDICES_ARE_OLD: tl.constexpr,
+    KEY_DTYPE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """slots and values of BLOCK_T tokens: all empty first, then what the pairs put there."""
-    if EARLY_LAUNCH:
-        gdc_launch_dependents()
-        if not INDICES_ARE_OLD:
-            gdc_wait()
+    """slots and values of BLOCK_T tokens: all empty first, then what the sorted pairs put there."""
     first_t = tl.program_id(0).to(tl.int64) * BLOCK_T
     t = first_t + tl.arange(0, BLOCK_T)[:, None]
     k = tl.arange(0, BLOCK_K)[None, :]
     is_pair = (t < T) & (k < K)
-    pair = t * K + k
-    e = tl.load(indices_ptr + pair, mask=is_pair, other=0).to(tl.int32)
-    weights = _load_weights(weights_ptr, pair, is_pair)
-    if not INDICES_ARE_OLD:
-        coefficients = tl.load(coefficients_ptr + pair, mask=is_pair, other=0.0)
     for first_g in range(0, G, BLOCK_G):
         g = (first_g + tl.arange(0, BLOCK_G)[None, :]).to(tl.int64)
         tl.store(slots_ptr + g * S + t, tl.full([BLOCK_T, BLOCK_G], -1, tl.int32), mask=(t < S) & (g < G))
     lane = tl.arange(0, GROUP)[None, None, :]
     nothing = tl.zeros([BLOCK_T, BLOCK_K, GROUP], values_ptr.dtype.element_ty)
-    tl.store(values_ptr + pair[:, :, None] * GROUP + lane, nothing, mask=is_pair[:, :, None])
+    tl.store(values_ptr + (t * K + k)[:, :, None] * GROUP + lane, nothing, mask=is_pair[:, :, None])
 
-    # A group's slot is one of its pairs, whichever stores last: no sum depends on where the values lie.
-    slot_ptr = slots_ptr + (e // GROUP).to(tl.int64) * S + t
-    tl.debug_barrier()
-    tl.store(slot_ptr, tl.broadcast_to(k, [BLOCK_T, BLOCK_K]), mask=is_pair)
-    tl.debug_barrier()
-    slot = tl.load(slot_ptr, mask=is_pair, other=0).to(tl.int32)
-    place = (t * K + slot) * GROUP + e % GROUP
-    has_twin = _has_twin(values_ptr, place, k, is_pair)
-
-    if INDICES_ARE_OLD:
-        if EARLY_LAUNCH:
-            gdc_wait()
-        coefficients = tl.load(coefficients_ptr + pair, mask=is_pair, other=0.0)
-    coefficients = _weigh(coefficients, weights, HIDDEN_ACT)
-    if has_twin:
-        total = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
-        for i in range(K):
-            other = t * K + i
-            other_e = tl.load(indices_ptr + other, mask=t < T, other=-1).to(tl.int32)
-            other_coefficients = tl.load(coefficients_ptr + other, mask=t < T, other=0.0)
-            other_coefficients = _weigh(other_coefficients, _load_weights(weights_ptr, other, t < T), HIDDEN_ACT)
-            total += tl.where(e == other_e, other_coefficients, 0.0)
-        coefficients = total
+    # By expert, and for the same expert in the order given. What is no pair comes last, in a group of its own.
+    ids = tl.load(indices_ptr + t * K + k, mask=is_pair, other=0).to(KEY_DTYPE)
+    key = tl.sort(tl.where(is_pair, ids, G * GROUP) * BLOCK_K + k, 1)
+    e = (key // BLOCK_K).to(tl.int32)
+    pair = t * K + (key % BLOCK_K).to(tl.int32)
+    coefficients = tl.load(coefficients_ptr + pair, mask=is_pair, other=0.0)
+    if weights_ptr is not None:
+        weights = tl.load(weights_ptr + pair, mask=is_pair, other=0.0).to(tl.float32)
+        coefficients = activation(coefficients, HIDDEN_ACT) * weights
+    _, total = tl.associative_scan((e, coefficients), 1, _add_to_same_expert)
+    everywhere = tl.broadcast_to(k, [BLOCK_T, BLOCK_K])
+    previous = tl.gather(e, tl.maximum(everywhere - 1, 0), 1)
+    following = tl.gather(e, tl.minimum(everywhere + 1, BLOCK_K - 1), 1)
+    is_last_of_expert = is_pair & ((following != e) | (k == BLOCK_K - 1))
+    is_first_of_group = is_pair & ((previous // GROUP != e // GROUP) | (k == 0))
+    slot = tl.cumsum(is_first_of_group.to(tl.int32), 1) - 1
+    total = tl.where(is_last_of_expert, total, 0.0)
     if scales_ptr is not None:
         if SCALE_BY_EXPERT:
-            coefficients *= tl.load(scales_ptr + e, mask=is_pair, other=0.0)
+            total *= tl.load(scales_ptr + e, mask=is_pair, other=0.0)
         else:
-            scale = _scale_for(tl.max(tl.where(is_pair, tl.abs(coefficients), 0.0), 1, keep_dims=True))
+            scale = _scale_for(tl.max(tl.abs(total), 1, keep_dims=True))
             tl.store(scales_ptr + t, scale, mask=t < T)
-            coefficients *= scale
-    tl.store(values_ptr + place, round_for(values_ptr, coefficients), mask=is_pair)
+            total *= scale
+
+    # Other threads of this block cleared what is written now.
+    tl.debug_barrier()
+    tl.store(slots_ptr + (e // GROUP).to(tl.int64) * S + t, slot, mask=is_first_of_group)
+    place = (t * K + slot) * GROUP + e % GROUP
+    tl.store(values_ptr + place, round_for(values_ptr, total), mask=is_last_of_expert)
 
 
 @triton.jit
@@ -295,10 +256,7 @@ def _dots_kernel(
     BLOCK_K: tl.constexpr,
     ROW_BLOCKS_IN_TURN: tl.constexpr,
     EVEN_H: tl.constexpr,
-    EARLY_LAUNCH: tl.constexpr,
 ):
-    if EARLY_LAUNCH:
-        gdc_launch_dependents()
     expert_blocks = tl.cdiv(E, BLOCK_E)
     turn = tl.program_id(0) // (ROW_BLOCKS_IN_TURN * expert_blocks)
     in_turn = tl.program_id(0) % (ROW_BLOCKS_IN_TURN * expert_blocks)
@@ -349,11 +307,8 @@ def _token_sums_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
     EVEN_H: tl.constexpr,
-    EARLY_LAUNCH: tl.constexpr,
 ):
     """out[split] = P @ table over the split's experts. Programs side by side share their tokens' coefficients."""
-    if EARLY_LAUNCH:
-        gdc_wait()
     column_blocks = tl.cdiv(H, BLOCK_H)
     first_t = (tl.program_id(0) // column_blocks).to(tl.int64) * BLOCK_T
     first_h = tl.program_id(0) % column_blocks * BLOCK_H
@@ -391,11 +346,8 @@ def _expert_sums_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
     EVEN_H: tl.constexpr,
-    EARLY_LAUNCH: tl.constexpr,
 ):
     """out[split] = P^T @ rows over the split's tokens. P's tile is read as it lies, and transposed for the product."""
-    if EARLY_LAUNCH:
-        gdc_wait()
     column_blocks = tl.cdiv(H, BLOCK_H)
     first_e = (tl.program_id(0) // column_blocks).to(tl.int64) * BLOCK_E
     first_h = tl.program_id(0) % column_blocks * BLOCK_H
@@ -435,12 +387,10 @@ def compress(
     weights: Tensor | None = None,
     hidden_act: str = "identity",
     for_expert_sums: bool = False,
-    indices_are_old: bool = False,
 ) -> Compressed:
     """The sparse operand of a sum; with ``weights [T, K]`` of hidden_act(coefficients) * weights instead.
 
-    One serves both sums, but in float16, whose coefficients are scaled by the row of the result. ``indices_are_old``
-    promises that they and the weights were there before the latest launch; then this one need not wait to read them.
+    One serves both sums, but in float16, whose coefficients are scaled by the row of the result.
     """
     (T, K), G = indices.shape, triton.cdiv(num_experts, GROUP.value)
     S = triton.cdiv(T, SLOTS_ALIGNMENT) * SLOTS_ALIGNMENT
@@ -451,9 +401,9 @@ def compress(
         scales = coefficients.new_empty(T)
         if for_expert_sums:
             scales = _expert_scales(coefficients, indices, num_experts)
-    early_launch = _can_launch_early(indices)
     block_k = max(2, triton.next_power_of_2(K))
     block_t = max(1, min(COMPRESS_BLOCK // block_k, triton.next_power_of_2(T)))
+    key_dtype = tl.int32 if (G + 1) * GROUP.value * block_k < 2**31 else tl.int64
     _compress_kernel[(triton.cdiv(S, block_t),)](
         coefficients,
         weights,
@@ -467,20 +417,13 @@ def compress(
         K,
         hidden_act,
         for_expert_sums,
-        early_launch,
-        indices_are_old,
+        key_dtype,
         block_t,
         block_k,
         min(triton.next_power_of_2(G), COMPRESS_BLOCK),
         num_warps=COMPRESS_WARPS,
-        launch_pdl=early_launch,
     )
     return Compressed(slots, values, scales)
-
-
-def _can_launch_early(tensor: Tensor) -> bool:
-    """Whether a kernel may be launched while the one before it runs, to wait for that one's results itself."""
-    return EARLY_LAUNCH and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
 
 
 def _expert_scales(coefficients: Tensor, indices: Tensor, num_experts: int) -> Tensor:
@@ -514,7 +457,6 @@ def dense_dots(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
         min(triton.next_power_of_2(K), DOTS_BLOCK_K),
         ROW_BLOCKS_IN_TURN,
         H % tile.depth == 0,
-        _can_launch_early(rows),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -557,7 +499,6 @@ def _sums(
     num_splits = max(1, triton.cdiv(length, split))
     out = operand.new_empty(R, H)
     sums = out if num_splits == 1 else operand.new_empty(num_splits, R, H, dtype=torch.float32)
-    early_launch = _can_launch_early(operand)
     kernel[(num_programs, num_splits)](
         compressed.slots,
         compressed.values,
@@ -575,10 +516,8 @@ def _sums(
         tile.columns,
         tile.depth,
         H % tile.columns == 0,
-        early_launch,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        launch_pdl=early_launch,
     )
     if num_splits > 1:
         _add_splits_kernel[(triton.cdiv(R * H, ADD_BLOCK),)](sums, out, R * H, num_splits, ADD_BLOCK)
