@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from flash_moe._activations import ACTIVATIONS
+from flash_moe._backend import why_not_triton
 from flash_moe.ops._reference.expert import expert_reference
 from flash_moe.ops.flash_expert import flash_expert, triton_flash_expert_func
 from flash_moe.testing import (
@@ -226,7 +227,9 @@ def test_dots_in_column_slices(dtype, device, monkeypatch):
     """What a table beyond the L2 cache gets, here of a table of any size; the last slice is a ragged one."""
     kernels = pytest.importorskip("flash_moe.ops._triton.expert")
     monkeypatch.setattr(kernels, "_slice_width", lambda table, num_pairs: kernels.SLICE)
-    assert_accurate(*make_expert_inputs(3, 2 * kernels.SLICE + 37, 7, 40, dtype, device), "triton")
+    plan = pytest.importorskip("flash_moe.ops._triton.expert_plan")
+    with plan.use_variant("gather"):
+        assert_accurate(*make_expert_inputs(3, 2 * kernels.SLICE + 37, 7, 40, dtype, device), "triton")
 
 
 @both_backends
@@ -244,6 +247,66 @@ def test_no_tokens(dtype, backend, device):
     assert torch.equal(ddown, torch.zeros_like(inputs[1]))
     assert torch.equal(dup, torch.zeros_like(inputs[2]))
     assert {x.dtype for x in (out, dx, ddown, dup, dweights)} == {dtype}
+
+
+@pytest.fixture(params=["fused", "gather", "dense"])
+def variant(request, device):
+    """Runs every pass that has it, whatever the cost model would choose."""
+    if reason := why_not_triton(device.type):
+        pytest.skip(reason)
+    from flash_moe.ops._triton.expert_plan import use_variant
+
+    with use_variant(request.param):
+        yield request.param
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    "T, H, E, K",
+    [(0, 16, 4, 3), (1, 1, 1, 1), (4, 33, 3, 8), (13, 37, 9, 3), (3, 48, 150, 7), (2, 1030, 5, 3), (2, 300, 20, 17)],
+    ids=str,
+)
+def test_every_variant_matches_reference(T, H, E, K, dtype, variant, device):
+    assert_accurate(*make_expert_inputs(T, H, E, K, dtype, device), "triton")
+
+
+@overflow_is_fine
+@every_activation
+def test_every_variant_has_every_activation(hidden_act, variant, device):
+    inputs, dout = make_expert_inputs(6, 40, 6, 5, torch.bfloat16, device, weights_dtype=torch.float32)
+    inputs[0].mul_(4)
+    assert_accurate(inputs, dout, "triton", hidden_act)
+
+
+@every_dtype
+def test_every_variant_adds_up_duplicates(dtype, variant, device):
+    inputs, dout = make_expert_inputs(4, 20, 5, 6, dtype, device, indices_dtype=torch.int32)
+    indices = torch.tensor([[2] * 6, [0, 4, 0, 4, 0, 4], [1, 1, 1, 3, 3, 3], [4, 3, 2, 1, 0, 0]])
+    assert_accurate(with_indices(inputs, indices), dout, "triton")
+
+
+@every_dtype
+def test_every_variant_writes_everything_and_reads_nothing_else(dtype, variant, device):
+    inputs, dout = make_expert_inputs(5, 37, 20, 3, dtype, device)
+    want = run_with_grads(flash_expert, inputs, dout, backend="triton")
+    with poison_memory():
+        surrounded = [surround_with_nan(x) for x in inputs]
+        assert_same_bits(run_with_grads(flash_expert, surrounded, surround_with_nan(dout), backend="triton"), want)
+
+
+def test_experts_nobody_chose_do_not_matter_unless_dense(variant, device):
+    """Nor what they hold; a dense product multiplies it by 0, as a dense layer does, and 0 * NaN is NaN."""
+    inputs, dout = make_expert_inputs(3, 24, 9, 2, torch.float32, device)
+    want = run_with_grads(flash_expert, inputs, dout, backend="triton")
+    unused = next(e for e in range(9) if e not in inputs[3])
+    for table in inputs[1:3]:
+        table[unused] = float("nan")
+    out, dx, *rest = run_with_grads(flash_expert, inputs, dout, backend="triton")
+    if variant == "dense":
+        assert out.isnan().all()
+        assert dx.isnan().all()
+        out, dx = want[:2]
+    assert_same_bits((out, dx, *rest), want)
 
 
 def strided(x: Tensor) -> Tensor:

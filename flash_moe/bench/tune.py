@@ -19,6 +19,7 @@ from flash_moe.bench.cases import ANCHORS, SETS, Case, Sizes, make_inputs, parse
 from flash_moe.bench.competitors import Bound, find_competitors
 from flash_moe.bench.timing import Replayed, percentiles
 from flash_moe.bench.work import BACKWARD, FORWARD
+from flash_moe.ops._triton.expert_plan import FUSED, GATHER, use_variant
 from flash_moe.ops._triton.launch import Config, launch_config, use_config
 from flash_moe.testing import poison_memory
 
@@ -54,6 +55,8 @@ class Tunable:
     """Sizes of the op where the kernel is tuned."""
     tiny: tuple[Sizes, ...]
     """Sizes of the op where the tests run it in the interpreter: no block divides them."""
+    variant: str | None = None
+    """Of the experts' passes, the one that launches it."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,12 @@ def _tiles(rows: str, row_choices: Sequence[int], unroll: Sequence[int]) -> tupl
 _EXPERT_LETTERS = ("T", "H", "E", "K")
 _TOKEN_TILES = _tiles("BLOCK_K", (1, 2, 4, 8), (1, 4))
 _EXPERT_TILES = _tiles("BLOCK_P", (1, 2, 4), (1, 2))
+# All of a token's rows at once where tokens are few; UNROLL blocks are the usual 1024 columns.
+_FUSED_TILES = tuple(
+    {**config, "UNROLL": 1024 // config["BLOCK_H"]}
+    for config in every(BLOCK_K=(8, 16, 32, 64), BLOCK_H=(64, 256), SLICE=(128, 1024), num_warps=(4, 8, 16))
+    if 16 <= config["BLOCK_K"] * max(config["BLOCK_H"], config["SLICE"]) // (32 * config["num_warps"]) <= 64
+)
 _ROUTER_BLOCKS = tuple(every(BLOCK_N=(32, 64, 128, 256), BLOCK_K=(4, 8, 16), num_warps=(1, 2, 4)))
 _GATED_BLOCKS = tuple(every(BLOCK=(512, 1024, 2048, 4096), num_warps=(2, 4, 8)))
 # Small and large tables and numbers of tokens; the look-up finds the nearest for all else.
@@ -97,14 +106,22 @@ _EXPERT_CASES = (
     (8192, 2048, 1048576, 64),
     (1, 1024, 16384, 64),
 )
+_FUSED_CASES = (
+    (1, 1024, 16384, 64),
+    (16, 1024, 16384, 64),
+    (128, 1024, 16384, 64),
+    (1024, 1024, 4096, 32),
+    (1024, 1024, 65536, 32),
+)
 _MLP_CASES = ((1, 1024, 4096), (64, 1024, 4096), (4096, 1024, 4096))
 _TINY_EXPERT = ((2, 300, 5, 3), (1, 16, 3, 9))
 _TINY_ROUTER = ((2, 5, 11), (1, 40, 3))
 _TINY_MLP = ((1, 4, 1), (5, 8, 1001))
 TUNABLES = {
-    "dots": Tunable("expert", FORWARD, _EXPERT_LETTERS, _TOKEN_TILES, _EXPERT_CASES, _TINY_EXPERT),
-    "token_sums": Tunable("expert", FORWARD, _EXPERT_LETTERS, _TOKEN_TILES, _EXPERT_CASES, _TINY_EXPERT),
-    "expert_sums": Tunable("expert", BACKWARD, _EXPERT_LETTERS, _EXPERT_TILES, _EXPERT_CASES, _TINY_EXPERT),
+    "dots": Tunable("expert", FORWARD, _EXPERT_LETTERS, _TOKEN_TILES, _EXPERT_CASES, _TINY_EXPERT, GATHER),
+    "token_sums": Tunable("expert", FORWARD, _EXPERT_LETTERS, _TOKEN_TILES, _EXPERT_CASES, _TINY_EXPERT, GATHER),
+    "expert_sums": Tunable("expert", BACKWARD, _EXPERT_LETTERS, _EXPERT_TILES, _EXPERT_CASES, _TINY_EXPERT, GATHER),
+    "fused": Tunable("expert", FORWARD, _EXPERT_LETTERS, _FUSED_TILES, _FUSED_CASES, _TINY_EXPERT, FUSED),
     "router_backward": Tunable("router", BACKWARD, ("T", "N", "K"), _ROUTER_BLOCKS, ANCHORS["router"], _TINY_ROUTER),
     "gated_forward": Tunable("mlp", FORWARD, ("numel",), _GATED_BLOCKS, _MLP_CASES, _TINY_MLP),
     "gated_backward": Tunable("mlp", BACKWARD, ("numel",), _GATED_BLOCKS, _MLP_CASES, _TINY_MLP),
@@ -165,8 +182,9 @@ def bind(kernel: str, case: Sizes, dtype: torch.dtype, device: torch.device) -> 
 
 def sizes_of(kernel: str, bound: Bound) -> tuple[Sizes, ...]:
     """The sizes that the kernel's launcher looks up, in order; none where the pass does without it."""
-    with use_config(kernel, None) as asked:
-        bound.results(TUNABLES[kernel].which)
+    tunable = TUNABLES[kernel]
+    with use_variant(tunable.variant), use_config(kernel, None) as asked:
+        bound.results(tunable.which)
     return tuple(sorted(asked))
 
 
@@ -175,8 +193,9 @@ def run_with_config(kernel: str, config: Config, bound: Bound) -> tuple[Tensor, 
 
     Raises ``ValueError`` where a second call differs in a bit.
     """
-    with use_config(kernel, config), poison_memory():
-        first, second = (bound.results(TUNABLES[kernel].which) for _ in range(2))
+    tunable = TUNABLES[kernel]
+    with use_variant(tunable.variant), use_config(kernel, config), poison_memory():
+        first, second = (bound.results(tunable.which) for _ in range(2))
     for i, (x, y) in enumerate(zip(first, second, strict=True)):
         # As bytes, since a NaN is not equal to itself.
         if not torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)):
@@ -249,6 +268,7 @@ def describe(found: Tuned) -> str:
 
 def _time(kernel: str, config: Config, bound: Bound, timer: Timer) -> float:
     """In a graph: at small sizes an eager call would measure the host."""
-    which = TUNABLES[kernel].which
-    with use_config(kernel, config), torch.set_grad_enabled(which != FORWARD):
-        return percentiles(timer.time_graph([partial(bound.prepare, which)]).times)[1]
+    tunable = TUNABLES[kernel]
+    prepare = partial(bound.prepare, tunable.which)
+    with use_variant(tunable.variant), use_config(kernel, config), torch.set_grad_enabled(tunable.which != FORWARD):
+        return percentiles(timer.time_graph([prepare]).times)[1]

@@ -1,4 +1,4 @@
-"""One-neuron experts, forward and backward.
+"""One-neuron experts, forward and backward, by gathering rows; what other variants run is in ``expert_plan.py``.
 
 T tokens, H hidden size, E experts, K experts per token, P = T * K pairs (token, expert). Tensors are contiguous; sums
 are in float32 and in a fixed order. Every pass is one of three products, and each exists once:
@@ -14,14 +14,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_moe.ops._triton.expert_dense import compress, dense_dots, dense_expert_sums, dense_token_sums
+from flash_moe.ops._triton.expert_fused import fused_forward
+from flash_moe.ops._triton.expert_plan import (
+    BACKWARD_TABLES,
+    BACKWARD_TOKENS,
+    DENSE,
+    FORWARD,
+    FUSED,
+    variant_for,
+)
 from flash_moe.ops._triton.grouping import Groups, group_by_distinct_expert, group_by_expert
+from flash_moe.ops._triton.launch import launch_config
 from flash_moe.ops._triton.math import activation, activation_grad, round_for
 
-# Tiles (rows, elements) that a warp keeps in flight, best of up to 60 shapes on an H200 at T 4096, H 1024, bf16. K 64,
-# E 16384: dots 7.2, token sums 8.5, expert sums 7.5 TB/s, counted per row used; one row load at a time: 5.9, 8.3, 7.5.
-DOTS_TILE = (8, 256)
-TOKEN_SUMS_TILE = (4, 128)
-EXPERT_SUMS_TILE, EXPERT_SUMS_WARPS = (1, 1024), 2
+# The tiles that a warp keeps in flight are in the launch tables. On an H200 at T 4096, H 1024, bf16, K 64, E 16384 the
+# best of up to 60 shapes: dots 7.2, token sums 8.5, expert sums 7.5 TB/s, counted per row used; one row load at a time:
+# 5.9, 8.3, 7.5. Many pairs want their expert sums in narrower tiles: at T 16384, E 102400, K 512 4.6 ms instead of 5.7.
 # Where the table passes the L2 cache and a slice of SLICE columns does not, all tokens take their dots with one slice
 # before the next: at K 512, E 102400 (210 MB) 7.6 TB/s instead of 4.0. The sums' programs are in that order anyway.
 SLICE = 256
@@ -29,6 +38,7 @@ BLOCKS_PER_PROGRAM_OF_A_SLICE = 4
 # An expert that owns two tiles of pairs or more has them summed in programs of their own. A tile of H / 16 pairs keeps
 # the tiles' float32 sums at 32 numbers a pair; shorter than MIN_HOT_TILE they would cost more than they save.
 MIN_HOT_TILE = 64
+HOT_UNROLL = 2  # pays for full tiles; for the short segments of most experts it costs a fifth
 ELEMENTWISE_BLOCK = 1024
 
 
@@ -45,6 +55,7 @@ def _dots_kernel(
     K_PER_PROGRAM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """partials[slice, t, k] = row[t] . table[e] over the slice's WIDTH columns; a program takes K_PER_PROGRAM pairs.
 
@@ -58,7 +69,7 @@ def _dots_kernel(
         k = first_k + k_offset + tl.arange(0, BLOCK_K)
         ids = tl.load(indices_ptr + t * K + k, mask=k < K, other=0).to(tl.int64)
         acc = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
-        for start in tl.range(0, WIDTH, BLOCK_H, loop_unroll_factor=4):
+        for start in tl.range(0, WIDTH, BLOCK_H, loop_unroll_factor=UNROLL):
             h = first_h + start + tl.arange(0, BLOCK_H)
             row = tl.load(rows_ptr + t * H + h, mask=h < H, other=0.0).to(tl.float32)
             mask = (k < K)[:, None] & (h < H)[None, :]
@@ -124,12 +135,20 @@ def _coefficients_bwd_kernel(
 
 @triton.jit
 def _token_sums_kernel(
-    coefficients_ptr, table_ptr, indices_ptr, out_ptr, H, K, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr
+    coefficients_ptr,
+    table_ptr,
+    indices_ptr,
+    out_ptr,
+    H,
+    K,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     acc = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
-    for start in tl.range(0, K, BLOCK_K, loop_unroll_factor=4):
+    for start in tl.range(0, K, BLOCK_K, loop_unroll_factor=UNROLL):
         k = start + tl.arange(0, BLOCK_K)
         ids = tl.load(indices_ptr + t * K + k, mask=k < K, other=0).to(tl.int64)
         coefficients = tl.load(coefficients_ptr + t * K + k, mask=k < K, other=0.0)
@@ -158,8 +177,7 @@ def _add_pairs(
 ):
     """ddown, dup [BLOCK_P, BLOCK_H] plus ds * x and coefficient * dout of the sorted pairs [start, end).
 
-    Both at once: the pairs' numbers are read once, and twice as many bytes are in flight behind them. Unrolling pays
-    for full tiles; for the short segments of most experts it costs a fifth.
+    Both at once: the pairs' numbers are read once, and twice as many bytes are in flight behind them.
     """
     for first in tl.range(start, end, BLOCK_P, loop_unroll_factor=UNROLL):
         p = first + tl.arange(0, BLOCK_P)
@@ -201,6 +219,7 @@ def _hot_tiles_kernel(
     HOT_TILE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """partials[tile] = ddown's and dup's sum over the tile's HOT_TILE sorted pairs, if it is a hot one."""
     tile = tl.program_id(0).to(tl.int64)
@@ -211,7 +230,7 @@ def _hot_tiles_kernel(
         dup = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
         ddown, dup = _add_pairs(
             ddown, dup, start, start + HOT_TILE,
-            x_ptr, dout_ptr, dpre_activations_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P, 2,
+            x_ptr, dout_ptr, dpre_activations_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P, UNROLL,
         )  # fmt: skip
         tl.store(partials_ptr + 2 * tile * H + h, tl.sum(ddown, 0), mask=h < H)
         tl.store(partials_ptr + (2 * tile + 1) * H + h, tl.sum(dup, 0), mask=h < H)
@@ -233,6 +252,7 @@ def _expert_sums_kernel(
     HOT_TILE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """ddown[g], dup[g]: the group's pairs one by one; of hot tiles ``partials``, and their expert's ends one by one."""
     g = tl.program_id(0).to(tl.int64)
@@ -248,7 +268,7 @@ def _expert_sums_kernel(
     dup = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
     ddown, dup = _add_pairs(
         ddown, dup, start, head_end,
-        x_ptr, dout_ptr, dpre_activations_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P, 1,
+        x_ptr, dout_ptr, dpre_activations_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P, UNROLL,
     )  # fmt: skip
     for first in range(first_tile, last_tile, BLOCK_P):
         tile = first + tl.arange(0, BLOCK_P)
@@ -258,15 +278,18 @@ def _expert_sums_kernel(
         dup += tl.load(partials_ptr + offs + H, mask=mask, other=0.0)
     ddown, dup = _add_pairs(
         ddown, dup, tail_start, end,
-        x_ptr, dout_ptr, dpre_activations_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P, 1,
+        x_ptr, dout_ptr, dpre_activations_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P, UNROLL,
     )  # fmt: skip
     tl.store(ddown_ptr + g * H + h, round_for(ddown_ptr, tl.sum(ddown, 0)), mask=h < H)
     tl.store(dup_ptr + g * H + h, round_for(dup_ptr, tl.sum(dup, 0)), mask=h < H)
 
 
-def _clamp_tile(tile: tuple[int, int], hidden_size: int) -> tuple[int, int]:
-    rows, elements = tile
-    return rows, min(elements, max(16, triton.next_power_of_2(hidden_size)))
+def _config(kernel: str, table: Tensor, indices: Tensor, width: int) -> dict[str, int]:
+    """The kernel's launch config; a block is not wider than ``width`` columns need."""
+    (T, K), (E, H) = indices.shape, table.shape
+    config = dict(launch_config(kernel, table.device, (T, H, E, K)))
+    config["BLOCK_H"] = min(config["BLOCK_H"], max(16, triton.next_power_of_2(width)))
+    return config
 
 
 def _slice_width(table: Tensor, num_pairs: int) -> int:
@@ -283,19 +306,19 @@ def _dots(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     (T, K), H = indices.shape, table.shape[1]
     width = _slice_width(table, indices.numel())
     num_slices = triton.cdiv(H, width)
-    tile = _clamp_tile(DOTS_TILE, width)
-    k_per_program = tile[0] * (1 if num_slices == 1 else BLOCKS_PER_PROGRAM_OF_A_SLICE)
+    config = _config("dots", table, indices, width)
+    k_per_program = config["BLOCK_K"] * (1 if num_slices == 1 else BLOCKS_PER_PROGRAM_OF_A_SLICE)
     partials = torch.empty(num_slices, T, K, dtype=torch.float32, device=rows.device)
     grid = (T * triton.cdiv(K, k_per_program), num_slices)
-    _dots_kernel[grid](rows, table, indices, partials, T, H, K, width, k_per_program, *tile, num_warps=1)
+    _dots_kernel[grid](rows, table, indices, partials, T, H, K, width, k_per_program, **config)
     return partials
 
 
 def _token_sums(coefficients: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     (T, K), H = indices.shape, table.shape[1]
     out = table.new_empty(T, H)
-    tile = _clamp_tile(TOKEN_SUMS_TILE, H)
-    _token_sums_kernel[(T, triton.cdiv(H, tile[1]))](coefficients, table, indices, out, H, K, *tile, num_warps=1)
+    config = _config("token_sums", table, indices, H)
+    _token_sums_kernel[(T, triton.cdiv(H, config["BLOCK_H"]))](coefficients, table, indices, out, H, K, **config)
     return out
 
 
@@ -308,16 +331,50 @@ def expert_forward(
     hidden_act: str,
 ) -> tuple[Tensor, Tensor]:
     """``out [T, H]`` and the pre-activations ``s [T, K]``, float32."""
+    arguments = (hidden_states, down_weights, up_weights, indices, routing_weights, hidden_act)
+    variant = variant_for(FORWARD, hidden_states, indices, len(down_weights))
+    with torch.cuda.device_of(hidden_states):
+        if variant == FUSED:
+            return fused_forward(*arguments)
+        return _forward_dense(*arguments) if variant == DENSE else _forward_gathered(*arguments)
+
+
+def _forward_gathered(
+    hidden_states: Tensor,
+    down_weights: Tensor,
+    up_weights: Tensor,
+    indices: Tensor,
+    routing_weights: Tensor,
+    hidden_act: str,
+) -> tuple[Tensor, Tensor]:
     pre_activations = torch.empty_like(indices, dtype=torch.float32)
     coefficients = torch.empty_like(pre_activations)
     P = indices.numel()
-    grid = (triton.cdiv(P, ELEMENTWISE_BLOCK),)
-    with torch.cuda.device_of(hidden_states):
-        partials = _dots(hidden_states, down_weights, indices)
-        _coefficients_fwd_kernel[grid](
-            partials, routing_weights, pre_activations, coefficients, P, hidden_act, len(partials), ELEMENTWISE_BLOCK
-        )
-        return _token_sums(coefficients, up_weights, indices), pre_activations
+    partials = _dots(hidden_states, down_weights, indices)
+    _coefficients_fwd_kernel[(triton.cdiv(P, ELEMENTWISE_BLOCK),)](
+        partials, routing_weights, pre_activations, coefficients, P, hidden_act, len(partials), ELEMENTWISE_BLOCK
+    )
+    return _token_sums(coefficients, up_weights, indices), pre_activations
+
+
+def _forward_dense(
+    hidden_states: Tensor,
+    down_weights: Tensor,
+    up_weights: Tensor,
+    indices: Tensor,
+    routing_weights: Tensor,
+    hidden_act: str,
+) -> tuple[Tensor, Tensor]:
+    (pre_activations,) = dense_dots(hidden_states, down_weights, indices)
+    coefficients = compress(
+        pre_activations,
+        indices,
+        len(up_weights),
+        hidden_states.dtype,
+        weights=routing_weights,
+        hidden_act=hidden_act,
+    )
+    return dense_token_sums(pre_activations, up_weights, indices, coefficients), pre_activations
 
 
 def expert_backward_tokens(
@@ -335,8 +392,10 @@ def expert_backward_tokens(
     dpre_activations, coefficients = torch.empty_like(pre_activations), torch.empty_like(pre_activations)
     P = indices.numel()
     grid = (triton.cdiv(P, ELEMENTWISE_BLOCK),)
+    is_dense = variant_for(BACKWARD_TOKENS, hidden_states, indices, len(down_weights)) == DENSE
+    dots, token_sums = (dense_dots, dense_token_sums) if is_dense else (_dots, _token_sums)
     with torch.cuda.device_of(hidden_states):
-        partials = _dots(grad_out, up_weights, indices)
+        partials = dots(grad_out, up_weights, indices)
         _coefficients_bwd_kernel[grid](
             partials,
             routing_weights,
@@ -349,7 +408,7 @@ def expert_backward_tokens(
             len(partials),
             ELEMENTWISE_BLOCK,
         )
-        dx = _token_sums(dpre_activations, down_weights, indices)
+        dx = token_sums(dpre_activations, down_weights, indices)
     return dx, dweights, dpre_activations, coefficients
 
 
@@ -362,7 +421,11 @@ def expert_backward_tables(
     num_experts: int,
 ) -> tuple[Tensor, Tensor]:
     """``ddown [E, H]`` and ``dup [E, H]``; an expert nobody chose gets zeros."""
+    is_dense = variant_for(BACKWARD_TABLES, hidden_states, indices, num_experts) == DENSE
     with torch.cuda.device_of(hidden_states):
+        if is_dense:
+            ddown = dense_expert_sums(hidden_states, dpre_activations, indices, num_experts)
+            return ddown, dense_expert_sums(grad_out, coefficients, indices, num_experts)
         groups = group_by_expert(indices, num_experts)
         return _expert_sums(grad_out, hidden_states, dpre_activations, coefficients, groups)
 
@@ -391,14 +454,15 @@ def _expert_sums(
     hot_tile = max(MIN_HOT_TILE, triton.next_power_of_2(H) // 16)
     num_tiles = P // hot_tile
     partials = hidden_states.new_empty(num_tiles, 2, H, dtype=torch.float32)
-    tile = _clamp_tile(EXPERT_SUMS_TILE, H)
-    num_slices = triton.cdiv(H, tile[1])
+    config = _config("expert_sums", ddown, coefficients, H)
+    num_slices = triton.cdiv(H, config["BLOCK_H"])
     rows = (hidden_states, grad_out, dpre_activations, coefficients)
     if num_tiles >= 2:  # else none is hot
+        hot_config = config | {"UNROLL": HOT_UNROLL}
         _hot_tiles_kernel[(num_tiles, num_slices)](
-            *rows, groups.keys, groups.order, partials, P, H, K, hot_tile, *tile, num_warps=EXPERT_SUMS_WARPS
+            *rows, groups.keys, groups.order, partials, P, H, K, hot_tile, **hot_config
         )
     _expert_sums_kernel[(num_groups, num_slices)](
-        *rows, groups.order, groups.offsets, partials, ddown, dup, H, K, hot_tile, *tile, num_warps=EXPERT_SUMS_WARPS
+        *rows, groups.order, groups.offsets, partials, ddown, dup, H, K, hot_tile, **config
     )
     return ddown, dup

@@ -1,0 +1,168 @@
+"""Which variant of an expert pass runs: a cost model, written down here alone.
+
+T tokens, H hidden size, E experts, K experts per token, P = T * K pairs. The variants of a pass:
+  fused    forward only: one launch, dots and sums by the same program (``expert_fused.py``); for few tokens
+  gather   one row of a table, or of the tokens, for each pair (``expert.py``)
+  dense    products with every row on tensor cores (``expert_dense.py``); for many tokens an expert
+In microseconds, with B bytes an element:
+  gathered product   START + P H B / rate; rates are lower where what is gathered passes the L2 cache
+  table gradients    and the sort by expert, once for both tables, and writing all E rows
+  dense product      START + waves of tiles * (TILE_START + products of a tile / rate)
+  dense sum          and the compression of its coefficients, START + P / rate
+  fused              START + waves of programs * K (H + columns of a program) B / rate
+Measured against predicted, on an H200 (bfloat16, H 1024, cold L2), us:
+                               forward                       both tables' gradients
+                               gather        dense           gather        dense
+  T 4096,  E 1024, K 64        115  121       56   61        218  187      100  105
+  T 4096,  E 2048, K 64        121  121       94   96        227  188      154  154
+  T 4096,  E 4096, K 128       235  232      178  177        317  319      267  258
+  T 16384, E 4096, K 128       894  896      674  672       1082 1086      960  959
+  T 1024,  E 4096, K 32         28   24       60   59         79   79       81   76
+``tests/test_expert_plan.py`` holds the choice against the committed rows of ``benchmarks/variants.py``.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from math import ceil, inf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_moe.ops._triton.grouping import MAX_SINGLE_TILE
+
+FORWARD, BACKWARD_TOKENS, BACKWARD_TABLES = "forward", "backward_tokens", "backward_tables"
+FUSED, GATHER, DENSE = "fused", "gather", "dense"
+VARIANTS = {
+    FORWARD: (FUSED, GATHER, DENSE),
+    BACKWARD_TOKENS: (GATHER, DENSE),
+    BACKWARD_TABLES: (GATHER, DENSE),
+}
+
+START_US, ELEMENTWISE_US = 4.0, 2.0
+SORT_FEW_US, SORT_US = 12.0, 50.0
+# Bytes per microsecond, counted per row used, and the share of it that is left beyond the L2 cache.
+GATHER_RATES = {"dots": 9.0e6, "token_sums": 10.5e6, "expert_sums": 8.4e6}
+CACHED_SHARE, BEYOND_L2 = 0.8, 0.8
+WRITE_RATE = 3.4e6
+# Multiplications per microsecond of a multiprocessor, in tiles of TILE_ROWS x TILE_COLUMNS results by TILE_DEPTH.
+DENSE_RATES = {"dots": 2.93e6, "token_sums": 1.77e6, "expert_sums": 1.37e6}
+TILE_ROWS, TILE_COLUMNS, TILE_DEPTH, TILE_START_US = 128, 256, 64, 4.5
+PICKED_PAIRS_PER_US = 3.0e4  # of a multiprocessor: the dots look through all pairs of their tokens
+COMPRESSED_PAIRS_PER_US = 2.8e4
+# A sum whose tiles are too few for the GPU is shared out by its length; its float32 parts are written and read.
+MIN_SPLIT, SPLIT_BYTES_PER_US = 256, 4.0e6
+# Tiles in shared memory, several steps ahead: only GPUs with as much have been measured.
+DENSE_SHARED_NBYTES = 227 * 1024
+FUSED_BYTES_PER_US, FUSED_PROGRAMS_A_TOKEN = 4.9e4, 8  # the bytes of a multiprocessor
+MAX_REMEMBERED = 4096
+
+Sizes = tuple[int, int, int, int]
+"""T, H, E, K."""
+
+# Not a context variable: autograd calls a backward's launcher from a thread of its own.
+_forced: list[str] = []
+
+
+class Machine(NamedTuple):
+    multiprocessors: int
+    l2_nbytes: int
+    shared_nbytes: int
+    """That one program may use."""
+
+
+# What a CPU's interpreter chooses as if it were.
+H200 = Machine(132, 60 * 2**20, 227 * 1024)
+
+
+def choose(which: str, sizes: Sizes, itemsize: int, machine: Machine) -> str:
+    """The variant of ``which`` (a key of ``VARIANTS``) that is predicted to be the fastest."""
+    times = {variant: predict_us(which, variant, sizes, itemsize, machine) for variant in VARIANTS[which]}
+    return min(times, key=lambda variant: times[variant])
+
+
+def predict_us(which: str, variant: str, sizes: Sizes, itemsize: int, machine: Machine) -> float:
+    """Microseconds of one pass; infinite where the variant cannot run it."""
+    if variant == FUSED:
+        return _fused_us(sizes, itemsize, machine)
+    product_us = _gather_us if variant == GATHER else _dense_us
+    if which == BACKWARD_TABLES:
+        T, _, _, K = sizes
+        sort_us = SORT_FEW_US if T * K <= MAX_SINGLE_TILE else SORT_US
+        return 2 * product_us("expert_sums", sizes, itemsize, machine) + (sort_us if variant == GATHER else 0)
+    # The dense forward makes its coefficients while it compresses them.
+    rest_us = 0 if (which, variant) == (FORWARD, DENSE) else ELEMENTWISE_US
+    return sum(product_us(product, sizes, itemsize, machine) for product in ("dots", "token_sums")) + rest_us
+
+
+def variant_for(which: str, rows: Tensor, indices: Tensor, num_experts: int) -> str:
+    """The variant that runs ``which`` on ``rows [T, H]`` and ``indices [T, K]``."""
+    if _forced and _forced[-1] in VARIANTS[which]:
+        return _forced[-1]
+    (T, K), H = indices.shape, rows.shape[1]
+    index = rows.device.index if rows.is_cuda else None
+    return _remembered(which, (T, H, num_experts, K), rows.element_size(), index)
+
+
+@contextmanager
+def use_variant(variant: str | None) -> Iterator[None]:
+    """Within it, on every thread, ``variant`` runs each pass that has it; with None nothing changes."""
+    if variant is None:
+        yield
+        return
+    _forced.append(variant)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+@lru_cache
+def machine_of(index: int) -> Machine:
+    device = torch.cuda.get_device_properties(index)
+    return Machine(device.multi_processor_count, device.L2_cache_size, device.shared_memory_per_block_optin)
+
+
+@lru_cache(MAX_REMEMBERED)
+def _remembered(which: str, sizes: Sizes, itemsize: int, index: int | None) -> str:
+    return choose(which, sizes, itemsize, H200 if index is None else machine_of(index))
+
+
+def _gather_us(product: str, sizes: Sizes, itemsize: int, machine: Machine) -> float:
+    T, H, E, K = sizes
+    is_expert_centric = product == "expert_sums"
+    rate = GATHER_RATES[product]
+    if (T if is_expert_centric else E) * H * itemsize > CACHED_SHARE * machine.l2_nbytes:
+        rate *= BEYOND_L2
+    write_us = E * H * itemsize / WRITE_RATE if is_expert_centric else 0
+    return START_US + T * K * H * itemsize / rate + write_us
+
+
+def _dense_us(product: str, sizes: Sizes, itemsize: int, machine: Machine) -> float:
+    """Tensor cores take 16-bit operands, and 16-byte loads rows of whole 16 bytes."""
+    T, H, E, K = sizes
+    if T * K == 0 or itemsize != 2 or H % 16 != 0 or machine.shared_nbytes < DENSE_SHARED_NBYTES:
+        return inf
+    rows, columns, length = {"dots": (T, E, H), "token_sums": (T, H, E), "expert_sums": (E, H, T)}[product]
+    tiles = ceil(rows / TILE_ROWS) * ceil(columns / TILE_COLUMNS)
+    splits = 1
+    if product != "dots":
+        splits = max(1, min(machine.multiprocessors // max(1, tiles), length // MIN_SPLIT))
+    tile_products = TILE_ROWS * TILE_COLUMNS * max(TILE_DEPTH, length / splits)
+    tile_us = TILE_START_US + tile_products / DENSE_RATES[product]
+    rest_us = START_US
+    if product == "dots":
+        tile_us += TILE_ROWS * K / PICKED_PAIRS_PER_US
+    else:
+        rest_us += START_US + T * K / COMPRESSED_PAIRS_PER_US
+    if splits > 1:
+        rest_us += ELEMENTWISE_US + 4 * splits * rows * columns / SPLIT_BYTES_PER_US
+    return ceil(tiles * splits / machine.multiprocessors) * tile_us + rest_us
+
+
+def _fused_us(sizes: Sizes, itemsize: int, machine: Machine) -> float:
+    T, H, _, K = sizes
+    programs_a_token = max(1, min(FUSED_PROGRAMS_A_TOKEN, machine.multiprocessors // max(1, T)))
+    program_us = K * (H + H / programs_a_token) * itemsize / FUSED_BYTES_PER_US
+    return START_US + ceil(T * programs_a_token / machine.multiprocessors) * program_us
