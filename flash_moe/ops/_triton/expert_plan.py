@@ -55,7 +55,8 @@ COMPRESSED_PAIRS_PER_US = 2.8e4
 MIN_SPLIT, SPLIT_BYTES_PER_US = 256, 4.0e6
 # Tiles in shared memory, several steps ahead: only GPUs with as much have been measured.
 DENSE_SHARED_NBYTES = 227 * 1024
-FUSED_BYTES_PER_US, FUSED_PROGRAMS_A_TOKEN = 4.9e4, 8  # the bytes of a multiprocessor
+FUSED_BYTES_PER_US = 4.9e4  # of a multiprocessor
+FUSED_COLUMNS = (128, 1024)  # of a program, where tokens are few and where they are many
 MAX_REMEMBERED = 4096
 
 Sizes = tuple[int, int, int, int]
@@ -163,6 +164,7 @@ def _dense_us(product: str, sizes: Sizes, itemsize: int, machine: Machine) -> fl
 
 def _fused_us(sizes: Sizes, itemsize: int, machine: Machine) -> float:
     T, H, _, K = sizes
-    programs_a_token = max(1, min(FUSED_PROGRAMS_A_TOKEN, machine.multiprocessors // max(1, T)))
+    most, fewest = (ceil(H / columns) for columns in FUSED_COLUMNS)
+    programs_a_token = max(1, fewest, min(most, machine.multiprocessors // max(1, T)))
     program_us = K * (H + H / programs_a_token) * itemsize / FUSED_BYTES_PER_US
     return START_US + ceil(T * programs_a_token / machine.multiprocessors) * program_us
