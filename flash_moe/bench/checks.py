@@ -170,8 +170,7 @@ def _decided_tokens(case: Case, logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     _, H, _, E, K = case.sizes
     candidates = _spread(case.T, SAMPLE_TOKENS, logits.device)
-    log_probs = F.log_softmax(logits[:, candidates], dim=-1, dtype=torch.float32)
-    scores, ids = router_reference(log_probs, logits.shape[2], min(K + 1, E))
+    scores, ids = router_reference(logits[:, candidates].float(), logits.shape[2], min(K + 1, E))
     gaps = scores[:, K - 1] - scores[:, -1]
     chosen = gaps.topk(min(len(candidates), _sample_tokens(K * H))).indices.sort().values
     return candidates[chosen], ids[chosen, :K]

@@ -76,8 +76,8 @@ def flash_routing(
         ValueError: a shape disagrees, or an argument is out of range; the message names it.
         TypeError: a dtype is not supported.
     """
-    chosen = _check(router_logits, num_expert_keys, num_experts_per_tok, backend)
     check_bool("norm_topk_prob", norm_topk_prob)
+    chosen = _check(router_logits, num_expert_keys, num_experts_per_tok, backend)
     if chosen is Backend.REFERENCE:
         return routing_reference(router_logits, num_expert_keys, num_experts_per_tok, norm_topk_prob)
     weights, indices, _ = torch.ops.flash_moe.flash_routing(

@@ -25,7 +25,7 @@ def router_reference(router_logits: Tensor, num_expert_keys: int, num_experts_pe
 def routing_reference(
     router_logits: Tensor, num_expert_keys: int, num_experts_per_tok: int, norm_topk_prob: bool
 ) -> tuple[Tensor, Tensor]:
-    """``weights [T, K]`` and ``indices [T, K]``: both halves' softmax at the chosen keys, multiplied; or over their sum."""
+    """``weights [T, K]``, products of both halves' softmax or those over their sum, and ``indices [T, K]``."""
     logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
     scores, indices = router_reference(logits, num_expert_keys, num_experts_per_tok)
     if norm_topk_prob:

@@ -46,8 +46,8 @@ def _fused_kernel(
         for start in tl.range(0, H, BLOCK_H, loop_unroll_factor=UNROLL):
             h = start + tl.arange(0, BLOCK_H)
             x = tl.load(x_ptr + t * H + h, mask=h < H, other=0.0).to(tl.float32)
-            mask = (k < K)[:, None] if H % BLOCK_H == 0 else (k < K)[:, None] & (h < H)[None, :]
-            down = tl.load(down_ptr + ids[:, None] * H + h[None, :], mask=mask, other=0.0).to(tl.float32)
+            within = (k < K)[:, None] if H % BLOCK_H == 0 else (k < K)[:, None] & (h < H)[None, :]
+            down = tl.load(down_ptr + ids[:, None] * H + h[None, :], mask=within, other=0.0).to(tl.float32)
             products += x[None, :] * down
         s = tl.sum(products, 1)
         tl.store(pre_activations_ptr + t * K + k, s, mask=(k < K) & (tl.program_id(1) == 0))

@@ -32,6 +32,16 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def accurate_exp(x):
+    """exp to about one unit in the last place; ``tl.exp`` rounds x * log2(e), and so is off by |x| units."""
+    x = tl.maximum(x, -150.0, propagate_nan=tl.PropagateNan.ALL)  # the rest is 0, and -inf would become a NaN
+    y = x * 1.4426950408889634
+    # What y lost in rounding, and what log2(e) did.
+    rest = tl.fma(x, 1.4426950216293335, -y) + x * 1.9259629911266175e-08
+    return tl.exp2(y) * (1.0 + 0.6931471805599453 * rest)
+
+
+@triton.jit
 def normal_cdf(x):
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 

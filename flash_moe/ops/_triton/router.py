@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_moe.ops._triton.math import round_for
+from flash_moe.ops._triton.math import accurate_exp, round_for
 from flash_moe.ops._triton.sort import log2, merge_best, top
 
 LOWEST = tl.constexpr(-(2**31))
@@ -179,9 +179,10 @@ def _log_sum_exp(logits_ptr, N, BLOCK_N: tl.constexpr):
         n = start + tl.arange(0, BLOCK_N)
         x = tl.where(n < N, _load(logits_ptr, n, n < N), float("-inf"))
         higher = _nan_max(high, tl.reduce(x, 0, _nan_max))
-        total = total * tl.exp(high - higher) + tl.sum(tl.exp(x - higher))
+        total = total * accurate_exp(high - higher) + tl.sum(accurate_exp(x - higher))
         high = higher
-    return high + tl.log(total)
+    log = tl.log(total)
+    return high + (log + (total * accurate_exp(-log) - 1.0))  # one Newton step: tl.log is off by several units
 
 
 @triton.jit
@@ -367,7 +368,7 @@ def _router_fwd_kernel(
     t = tl.program_id(0).to(tl.int64)
     logits_ptr += t * token_stride
     ranked_ptr = scratch_ptr + t * SCRATCH
-    log_sums = 0.0
+    row_log_sum, col_log_sum = 0.0, 0.0
     for half in range(2):
         half_ptr = logits_ptr + half * half_stride
         half_scores_ptr, half_ids_ptr = ranked_ptr + half * R, _as_ints(ranked_ptr + (2 + half) * R)
@@ -378,7 +379,7 @@ def _router_fwd_kernel(
         if OUTPUT == PROBABILITIES:
             log_sum = _log_sum_exp(half_ptr, N, BLOCK_N)
             tl.store(log_sums_ptr + half * T + t, log_sum)
-            log_sums += log_sum
+            row_log_sum, col_log_sum = col_log_sum, log_sum
     tl.debug_barrier()
     if TAKES_ALL:
         best, total = _sort_all(ranked_ptr, N, K, R, A, WIDTH, LOG_N)
@@ -394,10 +395,10 @@ def _router_fwd_kernel(
         scores, ids = _scores(best), _ids(best)
     k = tl.arange(0, WIDTH)
     if OUTPUT == PROBABILITIES:
-        scores = tl.exp(scores - log_sums)
+        scores = accurate_exp((scores - row_log_sum) - col_log_sum)
     elif OUTPUT == RENORMALIZED:
         scores = tl.where(k < K, scores, float("-inf"))
-        exponentials = tl.exp(scores - tl.reduce(scores, 0, _nan_max))
+        exponentials = accurate_exp(scores - tl.reduce(scores, 0, _nan_max))
         scores = exponentials / tl.sum(exponentials)
     tl.store(scores_ptr + t * K + k, round_for(scores_ptr, scores), mask=k < K)
     tl.store(indices_ptr + t * K + k, ids.to(tl.int64), mask=k < K)
@@ -412,7 +413,7 @@ def _add_in_segment(begins_a, a, begins_b, b):
 def _softmax_part(logits_ptr, n, mask, log_sum, inner, OUTPUT: tl.constexpr):
     """What the softmax over the keys adds to a logit's gradient, chosen or not."""
     if OUTPUT == PROBABILITIES:
-        return -tl.exp(_load(logits_ptr, n, mask) - log_sum) * inner
+        return -accurate_exp(_load(logits_ptr, n, mask) - log_sum) * inner
     else:
         return tl.zeros(n.shape, tl.float32)
 
