@@ -248,6 +248,9 @@ def test_router_loss_is_that_of_the_last_forward():
     with torch.no_grad():
         layer(make_tokens(6))
     assert layer.router_loss.item() == losses[0]
+    assert layer.router_loss.grad_fn is None
+    with torch.inference_mode():
+        layer(make_tokens(6))
     assert not layer.router_loss.requires_grad
 
 

@@ -6,7 +6,7 @@ T tokens, H hidden size, I intermediate size, E = N * N experts, N keys a half o
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,9 @@ from flash_moe._checks import (
     float_dtypes,
 )
 from flash_moe.modules.expert_usage import ExpertUsage, count_experts, summarize_usage
-from flash_moe.modules.masked_batch_norm import masked_batch_norm
+from flash_moe.modules.recomputation import LossOnTheSide, add_once
 from flash_moe.modules.router_losses import load_balancing_loss, router_z_loss
+from flash_moe.modules.token_batch_norm import token_batch_norm
 from flash_moe.ops.flash_expert import flash_expert
 from flash_moe.ops.flash_mlp import flash_mlp
 from flash_moe.ops.flash_router import flash_routing
@@ -126,7 +127,7 @@ class FlashMoE(nn.Module):
         self.router_gate = nn.Linear(H, 2 * N, bias=False)
         self.down_embed = nn.Embedding(config.num_experts, H)
         self.up_embed = nn.Embedding(config.num_experts, H)
-        self.router_loss: Tensor | None = None
+        self._router_loss = LossOnTheSide()
         if config.track_expert_usage:
             counts = torch.zeros(config.num_experts, dtype=torch.int64)
             self.register_buffer("expert_counts", counts, persistent=False)
@@ -171,6 +172,11 @@ class FlashMoE(nn.Module):
             y = y + flash_mlp(x, *projections, hidden_act=self.config.hidden_act, backend=self.config.backend)
         return y.reshape(hidden_states.shape), router_logits
 
+    @property
+    def router_loss(self) -> Tensor | None:
+        """``None``, or, while training with a coefficient above 0, the weighted sum of the last forward's losses."""
+        return self._router_loss.value
+
     def expert_usage(self) -> ExpertUsage:
         """Usage since the last ``reset_expert_usage``, as tensors on the device; needs ``track_expert_usage``."""
         return summarize_usage(self._counts())
@@ -180,10 +186,6 @@ class FlashMoE(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.config).items())
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The last forward's loss belongs to its graph, which can be neither copied nor pickled.
-        return self.__dict__ | {"router_loss": None}
 
     def _counts(self) -> Tensor:
         if not self.config.track_expert_usage:
@@ -222,8 +224,8 @@ class FlashMoE(nn.Module):
     def _normalize(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
         if x.shape[0] == 0:
             return x  # BatchNorm refuses to train on nothing; its statistics stay as they are
-        if token_mask is not None and self.training and isinstance(self.router_norm, nn.BatchNorm1d):
-            return masked_batch_norm(x, token_mask, self.router_norm)
+        if self.training and isinstance(self.router_norm, nn.BatchNorm1d):
+            return token_batch_norm(x, self.router_norm, token_mask)
         return self.router_norm(x)
 
     def _routed(self, x: Tensor, router_logits: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -235,9 +237,9 @@ class FlashMoE(nn.Module):
             norm_topk_prob=config.norm_topk_prob,
             backend=config.backend,
         )
-        self._account(router_logits, experts, token_mask)
+        router_loss = self._account(router_logits, experts, token_mask)
         tables = (self.down_embed.weight, self.up_embed.weight)
-        return flash_expert(
+        y = flash_expert(
             x,
             *tables,
             experts,
@@ -246,11 +248,11 @@ class FlashMoE(nn.Module):
             backend=config.backend,
             sparse_grad=config.sparse_grad,
         )
+        return self._router_loss.keep(router_loss, y)
 
-    def _account(self, router_logits: Tensor, experts: Tensor, token_mask: Tensor | None) -> None:
-        """Usage counts and ``router_loss``."""
+    def _account(self, router_logits: Tensor, experts: Tensor, token_mask: Tensor | None) -> Tensor | None:
+        """Count the experts' usage; returns ``router_loss``."""
         config = self.config
-        self.router_loss = None
         wants_aux = self.training and config.router_aux_loss_coef > 0
         wants_z = self.training and config.router_z_loss_coef > 0
         # float32 in 16-bit layers too; float64 stays for the reference backend.
@@ -260,14 +262,13 @@ class FlashMoE(nn.Module):
         if wants_aux or config.track_expert_usage:
             counts = count_experts(experts, config.num_experts, token_mask)
             if config.track_expert_usage:
-                self._counts().add_(counts)
+                add_once(self._counts(), counts)
             if wants_aux:
                 log_probs = F.log_softmax(router_logits, dim=-1, dtype=dtype)
                 losses.append(config.router_aux_loss_coef * load_balancing_loss(log_probs, counts, token_weights))
         if wants_z:
             losses.append(config.router_z_loss_coef * router_z_loss(router_logits, token_weights))
-        if losses:
-            self.router_loss = sum(losses[1:], start=losses[0])
+        return sum(losses[1:], start=losses[0]) if losses else None
 
 
 def expert_up_std(config: FlashMoEConfig) -> float:
