@@ -195,21 +195,6 @@ def test_infinite_coefficients_stay_with_their_token(device):
     assert sums[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("product", ["dots", "token_sums", "expert_sums"])
-def test_the_larger_the_share_the_sooner_tensor_cores_win(product):
-    def pays(T: int, E: int, K: int) -> bool:
-        gathered, on_tensor_cores = dense.predict_us(product, T, 1024, E, K, 2, 60 * 2**20, 132)
-        return on_tensor_cores < gathered
-
-    assert pays(4096, 1024, 64)
-    assert pays(4096, 4096, 128)
-    assert not pays(4096, 16384, 16)
-    assert not pays(1, 1024, 64) or product == "expert_sums"
-    for H, itemsize in ((1024, 4), (1032, 2)):
-        gathered, on_tensor_cores = dense.predict_us(product, 4096, H, 1024, 64, itemsize, 60 * 2**20, 132)
-        assert gathered < on_tensor_cores == float("inf")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)  # float32 is gathered, whatever the sizes
 @pytest.mark.parametrize(

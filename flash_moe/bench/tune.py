@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flash_moe.bench.cases import ANCHORS, SETS, Case, Sizes, make_inputs, parse_sizes
+from flash_moe.bench.cases import SETS, Case, Sizes, make_inputs, parse_sizes
 from flash_moe.bench.competitors import Bound, find_competitors
 from flash_moe.bench.timing import Replayed, percentiles
 from flash_moe.bench.work import BACKWARD, FORWARD
@@ -96,7 +96,6 @@ _FUSED_TILES = tuple(
     for config in every(BLOCK_K=(8, 16, 32, 64), BLOCK_H=(64, 256), SLICE=(128, 1024), num_warps=(4, 8, 16))
     if 16 <= config["BLOCK_K"] * max(config["BLOCK_H"], config["SLICE"]) // (32 * config["num_warps"]) <= 64
 )
-_ROUTER_BLOCKS = tuple(every(BLOCK_N=(32, 64, 128, 256), BLOCK_K=(4, 8, 16), num_warps=(1, 2, 4)))
 _GATED_BLOCKS = tuple(every(BLOCK=(512, 1024, 2048, 4096), num_warps=(2, 4, 8)))
 # Small and large tables and numbers of tokens; the look-up finds the nearest for all else.
 _EXPERT_CASES = (
@@ -115,14 +114,12 @@ _FUSED_CASES = (
 )
 _MLP_CASES = ((1, 1024, 4096), (64, 1024, 4096), (4096, 1024, 4096))
 _TINY_EXPERT = ((2, 300, 5, 3), (1, 16, 3, 9))
-_TINY_ROUTER = ((2, 5, 11), (1, 40, 3))
 _TINY_MLP = ((1, 4, 1), (5, 8, 1001))
 TUNABLES = {
     "dots": Tunable("expert", FORWARD, _EXPERT_LETTERS, _TOKEN_TILES, _EXPERT_CASES, _TINY_EXPERT, GATHER),
     "token_sums": Tunable("expert", FORWARD, _EXPERT_LETTERS, _TOKEN_TILES, _EXPERT_CASES, _TINY_EXPERT, GATHER),
     "expert_sums": Tunable("expert", BACKWARD, _EXPERT_LETTERS, _EXPERT_TILES, _EXPERT_CASES, _TINY_EXPERT, GATHER),
     "fused": Tunable("expert", FORWARD, _EXPERT_LETTERS, _FUSED_TILES, _FUSED_CASES, _TINY_EXPERT, FUSED),
-    "router_backward": Tunable("router", BACKWARD, ("T", "N", "K"), _ROUTER_BLOCKS, ANCHORS["router"], _TINY_ROUTER),
     "gated_forward": Tunable("mlp", FORWARD, ("numel",), _GATED_BLOCKS, _MLP_CASES, _TINY_MLP),
     "gated_backward": Tunable("mlp", BACKWARD, ("numel",), _GATED_BLOCKS, _MLP_CASES, _TINY_MLP),
 }

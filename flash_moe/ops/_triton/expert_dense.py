@@ -57,46 +57,6 @@ FLOAT32_TILE = Tile(32, 64, 32, 4, 2)
 DOTS_BLOCK_K = 128
 
 
-# What the choice between gathering and this file rests on: to be measured, in microseconds, bytes and products.
-GATHER_BYTES_PER_US = {"dots": 8.0e6, "token_sums": 9.2e6, "expert_sums": 8.0e6}
-GATHER_BYTES_PER_US_BEYOND_L2 = {"dots": 7.4e6, "token_sums": 8.6e6, "expert_sums": 7.4e6}
-GATHER_SORT_PAIRS_PER_US = 8e3  # twice the sort's own: it serves two tables
-PRODUCTS_PER_US_AND_SM = 2.6e6
-PICKED_PAIRS_PER_US_AND_SM = 7e3
-COMPRESSED_PAIRS_PER_US = 9e4
-SPLIT_BYTES_PER_US = 4e6
-LAUNCH_US = 2.5
-
-
-def predict_us(
-    product: str, T: int, H: int, E: int, K: int, itemsize: int, l2_nbytes: int, multiprocessors: int
-) -> tuple[float, float]:
-    """Microseconds that ``product`` ("dots", "token_sums", "expert_sums") takes gathered, and on tensor cores.
-
-    Gathering moves one row for each pair. Tensor cores multiply by every row, in whole waves of tiles; the dots then
-    look through all K pairs of a tile's tokens, and the sums compress the pairs first and add up what was split.
-    """
-    table = (T if product == "expert_sums" else E) * H * itemsize
-    rate = (GATHER_BYTES_PER_US if table <= 0.8 * l2_nbytes else GATHER_BYTES_PER_US_BEYOND_L2)[product]
-    gathered = T * K * H * itemsize / rate + LAUNCH_US
-    if product == "expert_sums":
-        gathered += T * K / GATHER_SORT_PAIRS_PER_US
-    if itemsize != 2 or H % 16 != 0:  # then no tensor cores, or no 16-byte loads
-        return gathered, float("inf")
-    tile = {"dots": DOTS_TILE, "token_sums": TOKEN_SUMS_TILE, "expert_sums": EXPERT_SUMS_TILE}[product]
-    R, C, length = {"dots": (T, E, H), "token_sums": (T, H, E), "expert_sums": (E, H, T)}[product]
-    num_programs = triton.cdiv(R, tile.rows) * triton.cdiv(C, tile.columns)
-    num_splits = 1 if product == "dots" else _num_splits(length, num_programs, multiprocessors)
-    program = tile.rows * tile.columns * length / num_splits / PRODUCTS_PER_US_AND_SM
-    rest = T * K / COMPRESSED_PAIRS_PER_US + LAUNCH_US
-    if product == "dots":
-        program += tile.rows * K / PICKED_PAIRS_PER_US_AND_SM
-        rest = 0.0
-    if num_splits > 1:
-        rest += num_splits * R * C * 4 / SPLIT_BYTES_PER_US + LAUNCH_US
-    return gathered, triton.cdiv(num_programs * num_splits, multiprocessors) * program + rest + LAUNCH_US
-
-
 def _num_splits(length: int, num_programs: int, multiprocessors: int) -> int:
     """Among how many programs a sum of ``length`` rows is shared out, where its tiles are too few for the GPU."""
     return max(1, min(multiprocessors // max(1, num_programs), length // MIN_SPLIT))

@@ -9,15 +9,19 @@ In microseconds, with B bytes an element:
   table gradients    and the sort by expert, once for both tables, and writing all E rows
   dense product      START + waves of tiles * (TILE_START + products of a tile / rate)
   dense sum          and the compression of its coefficients, START + P / rate
-  fused              START + waves of programs * K (H + columns of a program) B / rate
-Measured against predicted, on an H200 (bfloat16, H 1024, cold L2), us:
-                               forward                       both tables' gradients
-                               gather        dense           gather        dense
-  T 4096,  E 1024, K 64        115  121       56   61        218  187      100  105
-  T 4096,  E 2048, K 64        121  121       94   96        227  188      154  154
-  T 4096,  E 4096, K 128       235  232      178  177        317  319      267  258
-  T 16384, E 4096, K 128       894  896      674  672       1082 1086      960  959
-  T 1024,  E 4096, K 32         28   24       60   59         79   79       81   76
+  dense sum          and the compression of its coefficients, ELEMENTWISE + P / rate
+  fused, few tokens  START + K (H + columns of a program) B / rate of a multiprocessor
+  fused, many        START + 2 P H B / rate
+Measured and predicted, on an H200 (bfloat16, H 1024, cold L2), us:
+                                     forward                      both tables' gradients
+                              fused      gather      dense        gather        dense
+  T 1,     E 16384, K 64      6    8    12   11                    22   35      56   57
+  T 1024,  E 4096,  K 32     21   21    24   25     44   52        64   57      52   57
+  T 4096,  E 1024,  K 64    127  135   113  122     48   55       351  171      76   84
+  T 4096,  E 2048,  K 64    129  135   118  122     78   84       187  172     110  115
+  T 4096,  E 4096,  K 128   255  266   231  233    151  154       313  309     185  184
+  T 4096,  E 16384, K 64    178  223   134  122    498  499       181  191     572  567
+  T 16384, E 4096,  K 128   982 1052   897  897    585  583      1564 1114     669  671
 ``tests/test_expert_plan.py`` holds the choice against the committed rows of ``benchmarks/variants.py``.
 """
 
@@ -40,14 +44,14 @@ VARIANTS = {
     BACKWARD_TABLES: (GATHER, DENSE),
 }
 
-START_US, ELEMENTWISE_US = 4.0, 2.0
-SORT_FEW_US, SORT_US = 12.0, 50.0
+START_US, ELEMENTWISE_US = 4.5, 2.0
+SORT_FEW_US, SORT_US = 3.0, 25.5
 # Bytes per microsecond, counted per row used, and the share of it that is left beyond the L2 cache.
-GATHER_RATES = {"dots": 9.0e6, "token_sums": 10.5e6, "expert_sums": 8.4e6}
+GATHER_RATES = {"dots": 9.0e6, "token_sums": 10.5e6, "expert_sums": 8.0e6}
 CACHED_SHARE, BEYOND_L2 = 0.8, 0.8
 WRITE_RATE = 3.4e6
 # Multiplications per microsecond of a multiprocessor, in tiles of TILE_ROWS x TILE_COLUMNS results by TILE_DEPTH.
-DENSE_RATES = {"dots": 2.93e6, "token_sums": 1.77e6, "expert_sums": 1.37e6}
+DENSE_RATES = {"dots": 2.93e6, "token_sums": 2.5e6, "expert_sums": 2.15e6}
 TILE_ROWS, TILE_COLUMNS, TILE_DEPTH, TILE_START_US = 128, 256, 64, 4.5
 PICKED_PAIRS_PER_US = 3.0e4  # of a multiprocessor: the dots look through all pairs of their tokens
 COMPRESSED_PAIRS_PER_US = 2.8e4
@@ -55,8 +59,9 @@ COMPRESSED_PAIRS_PER_US = 2.8e4
 MIN_SPLIT, SPLIT_BYTES_PER_US = 256, 4.0e6
 # Tiles in shared memory, several steps ahead: only GPUs with as much have been measured.
 DENSE_SHARED_NBYTES = 227 * 1024
-FUSED_BYTES_PER_US = 4.9e4  # of a multiprocessor
-FUSED_COLUMNS = (128, 1024)  # of a program, where tokens are few and where they are many
+# Bytes: of a multiprocessor where tokens are few, of all where they are many, and both tables want to be in L2.
+FUSED_PROGRAMS_A_TOKEN, FUSED_BYTES_PER_US = 8, 4.5e4
+FUSED_MIN_TOKENS, FUSED_RATE, FUSED_BEYOND_L2 = 768, 8.2e6, 0.6
 MAX_REMEMBERED = 4096
 
 Sizes = tuple[int, int, int, int]
@@ -156,15 +161,20 @@ def _dense_us(product: str, sizes: Sizes, itemsize: int, machine: Machine) -> fl
     if product == "dots":
         tile_us += TILE_ROWS * K / PICKED_PAIRS_PER_US
     else:
-        rest_us += START_US + T * K / COMPRESSED_PAIRS_PER_US
+        rest_us += ELEMENTWISE_US + T * K / COMPRESSED_PAIRS_PER_US
     if splits > 1:
         rest_us += ELEMENTWISE_US + 4 * splits * rows * columns / SPLIT_BYTES_PER_US
     return ceil(tiles * splits / machine.multiprocessors) * tile_us + rest_us
 
 
 def _fused_us(sizes: Sizes, itemsize: int, machine: Machine) -> float:
-    T, H, _, K = sizes
-    most, fewest = (ceil(H / columns) for columns in FUSED_COLUMNS)
-    programs_a_token = max(1, fewest, min(most, machine.multiprocessors // max(1, T)))
-    program_us = K * (H + H / programs_a_token) * itemsize / FUSED_BYTES_PER_US
-    return START_US + ceil(T * programs_a_token / machine.multiprocessors) * program_us
+    """One wave of several programs a token, or so many tokens that one program a token keeps the GPU busy."""
+    T, H, E, K = sizes
+    if T * FUSED_PROGRAMS_A_TOKEN <= machine.multiprocessors:
+        return START_US + K * (H + H / FUSED_PROGRAMS_A_TOKEN) * itemsize / FUSED_BYTES_PER_US
+    if T < FUSED_MIN_TOKENS:
+        return inf
+    rate = FUSED_RATE
+    if 2 * E * H * itemsize > machine.l2_nbytes:  # both tables at once
+        rate *= FUSED_BEYOND_L2
+    return START_US + 2 * T * K * H * itemsize / rate

@@ -5,11 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_moe.ops._triton.launch import launch_config
 from flash_moe.ops._triton.math import activation, activation_grad, round_for
-
-# Memory-bound: a block only keeps each thread's loads 16 bytes wide.
-BLOCK = 2048
-NUM_WARPS = 8
 
 
 @triton.jit
@@ -36,15 +33,18 @@ def _gated_bwd_kernel(
 
 def gated_activation_forward(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
     out = torch.empty_like(gate)
-    grid = (triton.cdiv(gate.numel(), BLOCK),)
+    numel = gate.numel()
+    config = launch_config("gated_forward", gate.device, (numel,))
     with torch.cuda.device_of(gate):
-        _gated_fwd_kernel[grid](gate, up, out, gate.numel(), hidden_act, BLOCK, num_warps=NUM_WARPS)
+        _gated_fwd_kernel[(triton.cdiv(numel, config["BLOCK"]),)](gate, up, out, numel, hidden_act, **config)
     return out
 
 
 def gated_activation_backward(grad_out: Tensor, gate: Tensor, up: Tensor, hidden_act: str) -> tuple[Tensor, Tensor]:
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    grid = (triton.cdiv(gate.numel(), BLOCK),)
+    numel = gate.numel()
+    config = launch_config("gated_backward", gate.device, (numel,))
+    grid = (triton.cdiv(numel, config["BLOCK"]),)
     with torch.cuda.device_of(gate):
-        _gated_bwd_kernel[grid](grad_out, gate, up, dgate, dup, gate.numel(), hidden_act, BLOCK, num_warps=NUM_WARPS)
+        _gated_bwd_kernel[grid](grad_out, gate, up, dgate, dup, numel, hidden_act, **config)
     return dgate, dup
