@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from flash_moe import FlashMoE, FlashMoEConfig
@@ -489,6 +490,37 @@ def test_a_parameter_out_of_line_is_refused_before_anything_is_written(name, cha
     with pytest.raises((TypeError, ValueError), match=f"{name}(.weight)?: expected|expected dtype torch.bfloat16"):
         layer(torch.zeros(4, 12))
     assert_same_bits(dict(layer.named_buffers()), statistics)
+
+
+def test_a_parameter_put_in_for_one_call_is_checked_and_used():
+    layer = make_layer()
+    x, _ = make_data(layer, 4)
+    twin = make_layer(seed=7)
+    state = {**dict(twin.named_parameters()), **{name: value.clone() for name, value in twin.named_buffers()}}
+    assert torch.equal(torch.func.functional_call(layer, state, x)[0], twin(x)[0])
+    before = copy.deepcopy(layer.state_dict())
+    for name in dict(layer.named_parameters()):
+        with pytest.raises(TypeError, match=f"{name}: expected|expected dtype torch.bfloat16"):
+            torch.func.functional_call(layer, {name: state[name].bfloat16()}, x)
+    assert_same_bits(layer.state_dict(), before)
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "down_embed", "router_gate"])
+def test_a_weight_may_be_computed(name):
+    layer = make_layer()
+    x, _ = make_data(layer, 4)
+    doubled = copy.deepcopy(layer)
+    with torch.no_grad():
+        doubled.get_submodule(name).weight.mul_(2)
+
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    parametrize.register_parametrization(layer.get_submodule(name), "weight", Double())
+    assert torch.equal(layer(x)[0], doubled(x)[0])
+    layer(x)[0].sum().backward()
+    assert layer.get_submodule(name).parametrizations.weight.original.grad.ne(0).any()
 
 
 def test_one_token_amid_padding_has_no_variance():

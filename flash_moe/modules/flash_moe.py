@@ -33,6 +33,8 @@ from flash_moe.ops.flash_router import flash_routing
 
 NORMS = ("batch", "rms", "none")
 BACKENDS = ("auto", "triton", "torch", "reference")
+_ROUTED_WEIGHTS = ("router_gate", "down_embed", "up_embed")
+_DENSE_WEIGHTS = (*_ROUTED_WEIGHTS, "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,15 +162,17 @@ class FlashMoE(nn.Module):
         Raises:
             ValueError: a shape or device disagrees, or one token alone is to be trained through BatchNorm.
         """
-        x = self._check_input(hidden_states).reshape(-1, self.config.hidden_size)
+        weights = self._weights()
+        self._check_input(hidden_states, weights)
+        x = hidden_states.reshape(-1, self.config.hidden_size)
         token_mask = None if attention_mask is None else _token_mask(attention_mask, hidden_states)
         if token_mask is not None:
             # With their inputs zeroed, whatever they held, padded tokens are zero in every later product and gradient.
             x = x.masked_fill(~token_mask[:, None], 0.0)
         router_logits = self._router_logits(x, token_mask)
-        y = self._routed(x, router_logits, token_mask)
+        y = self._routed(x, router_logits, weights["down_embed"], weights["up_embed"], token_mask)
         if self.config.intermediate_size > 0:
-            projections = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+            projections = (weights["gate_proj"], weights["up_proj"], weights["down_proj"])
             y = y + flash_mlp(x, *projections, hidden_act=self.config.hidden_act, backend=self.config.backend)
         return y.reshape(hidden_states.shape), router_logits
 
@@ -192,34 +196,50 @@ class FlashMoE(nn.Module):
             raise ValueError("track_expert_usage: expected True in FlashMoEConfig to ask for expert usage; got False")
         return cast(Tensor, self.expert_counts)
 
-    def _check_input(self, hidden_states: Tensor) -> Tensor:
+    def _weights(self) -> dict[str, Tensor]:
+        """Every parameter by the name of its submodule, looked up once a call."""
+        modules, weights = self._modules, {}
+        for name in _DENSE_WEIGHTS if self.config.intermediate_size > 0 else _ROUTED_WEIGHTS:
+            # Past nn.Module.__getattr__, which takes the host 0.7 us for a module and again for its parameter. A weight
+            # that is no parameter, but computed or a view, is asked for in the ordinary way.
+            module = cast(nn.Module, modules[name])
+            weight = module._parameters.get("weight")
+            weights[name] = cast(Tensor, module.weight) if weight is None else weight
+        return weights
+
+    def _check_input(self, hidden_states: Tensor, weights: dict[str, Tensor]) -> None:
         H = self.config.hidden_size
         check_tensor("hidden_states", hidden_states)
         if hidden_states.dim() < 2 or hidden_states.shape[-1] != H:
             raise ValueError(
                 f"hidden_states: expected shape [..., {H}], 2 or more dimensions; got {tuple(hidden_states.shape)}"
             )
-        check_same_device(hidden_states=hidden_states, router_gate=self.router_gate.weight)
-        is_autocast = torch.is_autocast_enabled(hidden_states.device.type)
-        if not is_autocast:
-            check_dtype("hidden_states", hidden_states, (self.router_gate.weight.dtype,))
-        check_dtype("hidden_states", hidden_states, float_dtypes(self.config.backend))
+        check_same_device(hidden_states=hidden_states, router_gate=weights["router_gate"])
+        dtype, device = hidden_states.dtype, hidden_states.device
+        allowed = float_dtypes(self.config.backend)
+        if not torch.is_autocast_enabled(device.type):
+            check_dtype("hidden_states", hidden_states, (weights["router_gate"].dtype,))
+            check_dtype("hidden_states", hidden_states, allowed)
+            allowed = (dtype,)
+        check_dtype("hidden_states", hidden_states, allowed)
         # All of them now: an op would notice too, but only after the norm's statistics have moved.
-        for name, parameter in self.named_parameters():
-            check_same_device(**{"hidden_states": hidden_states, name: parameter})
-            check_dtype(name, parameter, float_dtypes(self.config.backend) if is_autocast else (hidden_states.dtype,))
+        for name, weight in weights.items():
+            if weight.device != device or weight.dtype not in allowed:
+                check_same_device(**{"hidden_states": hidden_states, f"{name}.weight": weight})
+                check_dtype(f"{name}.weight", weight, allowed)
         if self.training and self.config.router_norm == "batch" and hidden_states.numel() == H:
             raise ValueError(
                 "hidden_states: expected 2 or more tokens, since BatchNorm cannot train on one; got 1; "
                 'train on more tokens at a time, call eval(), or configure router_norm="rms" or "none"'
             )
-        return hidden_states
 
     def _router_logits(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
-        # Autocast would round the logits to 16 bits, and with them which experts win.
-        with torch.autocast(x.device.type, enabled=False):
-            normed = self._normalize(x.to(self.router_gate.weight.dtype), token_mask)
-            return self.router_gate(normed).view(-1, 2, self.num_expert_keys).transpose(0, 1)
+        if torch.is_autocast_enabled(x.device.type):
+            # Autocast would round the logits to 16 bits, and with them which experts win.
+            with torch.autocast(x.device.type, enabled=False):
+                return self._router_logits(x.to(self.router_gate.weight.dtype), token_mask)
+        products = self.router_gate(self._normalize(x, token_mask))
+        return products.view(-1, 2, self.num_expert_keys).transpose(0, 1)
 
     def _normalize(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
         if x.shape[0] == 0:
@@ -228,7 +248,9 @@ class FlashMoE(nn.Module):
             return token_batch_norm(x, self.router_norm, token_mask)
         return self.router_norm(x)
 
-    def _routed(self, x: Tensor, router_logits: Tensor, token_mask: Tensor | None) -> Tensor:
+    def _routed(
+        self, x: Tensor, router_logits: Tensor, down_embed: Tensor, up_embed: Tensor, token_mask: Tensor | None
+    ) -> Tensor:
         config = self.config
         weights, experts = flash_routing(
             router_logits,
@@ -238,10 +260,10 @@ class FlashMoE(nn.Module):
             backend=config.backend,
         )
         router_loss = self._account(router_logits, experts, token_mask)
-        tables = (self.down_embed.weight, self.up_embed.weight)
         y = flash_expert(
             x,
-            *tables,
+            down_embed,
+            up_embed,
             experts,
             weights,
             hidden_act=config.hidden_act,
