@@ -756,8 +756,7 @@ def test_layer_made_on_meta_starts_like_any_other(device):
 
 def chosen_experts(router_logits, config):
     """The experts a layer chose, from its own rounded logits: near-ties must not be judged by other roundings."""
-    log_probs = F.log_softmax(router_logits, dim=-1, dtype=torch.float32)
-    return router_reference(log_probs, config.num_expert_keys, config.num_experts_per_tok)[1]
+    return router_reference(router_logits.float(), config.num_expert_keys, config.num_experts_per_tok)[1]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -911,6 +910,7 @@ def test_configuration_defaults():
         "router_norm": "batch",
         "router_aux_loss_coef": 0.0,
         "router_z_loss_coef": 0.0,
+        "router_bias_update_rate": 0.0,
         "track_expert_usage": False,
         "sparse_grad": False,
         "backend": "auto",
@@ -969,6 +969,8 @@ def test_configuration_is_frozen_and_keyword_only():
         ("router_aux_loss_coef", None, (TypeError, ValueError), "expected .*; got .*None"),
         ("router_z_loss_coef", -1, ValueError, "expected a finite number, 0 or more; got -1"),
         ("router_z_loss_coef", float("nan"), ValueError, "expected a finite number, 0 or more; got nan"),
+        ("router_bias_update_rate", -0.001, ValueError, "expected a finite number, 0 or more; got -0.001"),
+        ("router_bias_update_rate", None, TypeError, "expected a number; got NoneType None"),
         ("track_expert_usage", "no", TypeError, "expected .*; got .*'no'"),
         ("backend", "cuda", ValueError, "expected one of auto, triton, torch, reference; got 'cuda'"),
         ("backend", None, ValueError, "expected one of auto, triton, torch, reference; got None"),

@@ -4,9 +4,10 @@ T tokens, H hidden size, I intermediate size, E = N * N experts, N keys a half o
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,9 @@ from flash_moe._checks import (
     check_tensor,
     float_dtypes,
 )
+from flash_moe.modules.biased_routing import biased_routing, update_bias
 from flash_moe.modules.expert_usage import ExpertUsage, count_experts, summarize_usage
-from flash_moe.modules.recomputation import LossOnTheSide, add_once
+from flash_moe.modules.recomputation import LossOnTheSide, add_once, copy_once
 from flash_moe.modules.router_losses import load_balancing_loss, router_z_loss
 from flash_moe.modules.token_batch_norm import token_batch_norm
 from flash_moe.ops.flash_expert import flash_expert
@@ -59,6 +61,8 @@ class FlashMoEConfig:
     """Weight of the load-balancing loss in ``FlashMoE.router_loss``; 0 leaves it out."""
     router_z_loss_coef: float = 0.0
     """Weight of the router z-loss in ``FlashMoE.router_loss``; 0 leaves it out."""
+    router_bias_update_rate: float = 0.0
+    """How far a training forward moves each key's selection bias, against its load; 0 leaves the bias out."""
     track_expert_usage: bool = False
     """Count the pairs each expert receives, for ``FlashMoE.expert_usage()``."""
     sparse_grad: bool = False
@@ -85,7 +89,7 @@ class FlashMoEConfig:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
         for name in ("norm_topk_prob", "track_expert_usage", "sparse_grad"):
             check_bool(name, getattr(self, name))
-        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"):
             check_coefficient(name, getattr(self, name))
 
     @property
@@ -102,6 +106,7 @@ class FlashMoE(nn.Module):
         router_logits = router_gate(router_norm(x)) as [2, T, N]
         scores, experts = top K of the pair sums of router_logits
         weights = exp(scores - log-sum-exp of both halves), divided by their sum over K with norm_topk_prob
+        (with router_bias_update_rate, experts are the top K of router_logits + router_bias; weights as before)
         y = sum_k weights[k] * act(x . down_embed[e_k]) * up_embed[e_k]  +  down_proj(act(gate_proj x) * up_proj x)
 
     Scores and weights are float32, whatever the dtype of ``x``. Under autocast the router's norm and gate keep
@@ -130,6 +135,10 @@ class FlashMoE(nn.Module):
         self.down_embed = nn.Embedding(config.num_experts, H)
         self.up_embed = nn.Embedding(config.num_experts, H)
         self._router_loss = LossOnTheSide()
+        if config.router_bias_update_rate > 0:
+            self.register_buffer("router_bias", torch.zeros(2, N, dtype=torch.float32))
+            # What the last training forward chose by: a recomputation must choose the same, though the bias has moved.
+            self.register_buffer("router_bias_in_use", torch.zeros(2, N, dtype=torch.float32), persistent=False)
         if config.track_expert_usage:
             counts = torch.zeros(config.num_experts, dtype=torch.int64)
             self.register_buffer("expert_counts", counts, persistent=False)
@@ -147,6 +156,9 @@ class FlashMoE(nn.Module):
         nn.init.normal_(self.router_gate.weight, std=config.hidden_size**-0.5)
         nn.init.normal_(self.down_embed.weight, std=config.hidden_size**-0.5)
         nn.init.normal_(self.up_embed.weight, std=expert_up_std(config))
+        if config.router_bias_update_rate > 0:
+            cast(Tensor, self.router_bias).zero_()
+            cast(Tensor, self.router_bias_in_use).zero_()
         if config.track_expert_usage:
             self.reset_expert_usage()
 
@@ -190,6 +202,16 @@ class FlashMoE(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.config).items())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FlashMoE":
+        # The bias stays in float32 when the layer is converted: in 16 bits its small steps would be lost.
+        biases = {name: buffer for name, buffer in self._buffers.items() if name.startswith("router_bias")}
+        super()._apply(fn, recurse)
+        for name, exact in biases.items():
+            converted = self._buffers[name]
+            if exact is not None and converted is not None and converted.dtype != exact.dtype:
+                self._buffers[name] = exact.to(converted.device)
+        return self
 
     def _counts(self) -> Tensor:
         if not self.config.track_expert_usage:
@@ -252,13 +274,7 @@ class FlashMoE(nn.Module):
         self, x: Tensor, router_logits: Tensor, down_embed: Tensor, up_embed: Tensor, token_mask: Tensor | None
     ) -> Tensor:
         config = self.config
-        weights, experts = flash_routing(
-            router_logits,
-            self.num_expert_keys,
-            config.num_experts_per_tok,
-            norm_topk_prob=config.norm_topk_prob,
-            backend=config.backend,
-        )
+        weights, experts = self._choose(router_logits)
         router_loss = self._account(router_logits, experts, token_mask)
         y = flash_expert(
             x,
@@ -272,19 +288,36 @@ class FlashMoE(nn.Module):
         )
         return self._router_loss.keep(router_loss, y)
 
-    def _account(self, router_logits: Tensor, experts: Tensor, token_mask: Tensor | None) -> Tensor | None:
-        """Count the experts' usage; returns ``router_loss``."""
+    def _choose(self, router_logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Routing weights and experts, both ``[T, K]``."""
         config = self.config
+        sizes = (self.num_expert_keys, config.num_experts_per_tok)
+        options: dict[str, Any] = {"norm_topk_prob": config.norm_topk_prob, "backend": config.backend}
+        if config.router_bias_update_rate == 0:
+            return flash_routing(router_logits, *sizes, **options)
+        bias = cast(Tensor, self.router_bias)
+        if self.training:
+            in_use = cast(Tensor, self.router_bias_in_use)
+            copy_once(in_use, bias)
+            bias = in_use
+        return biased_routing(router_logits, bias, *sizes, **options)
+
+    def _account(self, router_logits: Tensor, experts: Tensor, token_mask: Tensor | None) -> Tensor | None:
+        """Count the experts' usage and move the selection bias; returns ``router_loss``."""
+        config = self.config
+        moves_bias = self.training and config.router_bias_update_rate > 0
         wants_aux = self.training and config.router_aux_loss_coef > 0
         wants_z = self.training and config.router_z_loss_coef > 0
         # float32 in 16-bit layers too; float64 stays for the reference backend.
         dtype = torch.promote_types(router_logits.dtype, torch.float32)
         token_weights = None if token_mask is None else token_mask.to(dtype)
         losses = []
-        if wants_aux or config.track_expert_usage:
+        if wants_aux or moves_bias or config.track_expert_usage:
             counts = count_experts(experts, config.num_experts, token_mask)
             if config.track_expert_usage:
                 add_once(self._counts(), counts)
+            if moves_bias:
+                update_bias(cast(Tensor, self.router_bias), counts, config.router_bias_update_rate)
             if wants_aux:
                 log_probs = F.log_softmax(router_logits, dim=-1, dtype=dtype)
                 losses.append(config.router_aux_loss_coef * load_balancing_loss(log_probs, counts, token_weights))

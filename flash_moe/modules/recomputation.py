@@ -27,6 +27,15 @@ def add_once(buffer: Tensor, increment: Tensor | int) -> None:
         buffer.add_(increment)
 
 
+@torch.no_grad()
+def copy_once(buffer: Tensor, value: Tensor) -> None:
+    """``buffer.copy_(value)``, but not in a recomputed forward, which finds what the first one copied."""
+    if torch.compiler.is_compiling():
+        buffer.copy_(torch.where(torch.ops.flash_moe.is_first_forward(buffer), value, buffer))
+    elif not is_recomputing():
+        buffer.copy_(value)
+
+
 def _is_first_forward(like: Tensor) -> Tensor:
     return torch.full((), not is_recomputing(), dtype=torch.bool, device=like.device)
 
