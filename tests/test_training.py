@@ -315,13 +315,13 @@ def test_expert_tables_have_their_own_learning_rate():
     model, optimizer = build()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = {group["name"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
-    assert groups["experts"] == {f"layers.{i}.moe.{t}_embed.weight" for i in range(2) for t in ("up", "down")}
+    assert groups["tables"] == {f"layers.{i}.moe.{t}_embed.weight" for i in range(2) for t in ("up", "down")}
     assert "embed.weight" in groups["rest"]
     assert "layers.0.attention.qkv_proj.weight" in groups["matrices"]
     assert sum(map(len, groups.values())) == len(names)
     set_learning_rate(optimizer, 0.5)
     rates = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
-    assert rates == {"experts": (1.5e-2, 0.0), "matrices": (5e-3, 0.1), "rest": (5e-3, 0.0)}
+    assert rates == {"tables": (1.5e-2, 0.0), "router": (5e-3, 0.1), "matrices": (5e-3, 0.1), "rest": (5e-3, 0.0)}
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine():

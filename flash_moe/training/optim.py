@@ -5,40 +5,16 @@ import math
 import torch
 from torch import nn
 
-from flash_moe.modules.flash_moe import FlashMoE
+from flash_moe.modules.parameter_groups import parameter_groups
 
 
 def build_optimizer(
     model: nn.Module, *, learning_rate: float, expert_learning_rate: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW over three groups, in ``group["name"]``: experts, matrices, and the rest without weight decay.
-
-    A row of an expert table gets a gradient only from the tokens that chose it: far fewer than a dense weight gets, and
-    so the tables want a larger step.
-    """
-    tables = {
-        id(table.weight)
-        for moe in model.modules()
-        if isinstance(moe, FlashMoE)
-        for table in (moe.down_embed, moe.up_embed)
-    }
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - tables
-    groups: dict[str, list[nn.Parameter]] = {"experts": [], "matrices": [], "rest": []}
-    for parameter in model.parameters():
-        if id(parameter) in tables:
-            groups["experts"].append(parameter)
-        elif parameter.ndim >= 2 and id(parameter) not in embeddings:
-            groups["matrices"].append(parameter)
-        else:
-            groups["rest"].append(parameter)
-    settings = {
-        "experts": {"peak_lr": expert_learning_rate, "weight_decay": 0.0},
-        "matrices": {"peak_lr": learning_rate, "weight_decay": weight_decay},
-        "rest": {"peak_lr": learning_rate, "weight_decay": 0.0},
-    }
+    """AdamW over ``parameter_groups``; ``set_learning_rate`` scales each group's ``peak_lr``."""
+    groups = parameter_groups(model, learning_rate, table_lr=expert_learning_rate, weight_decay=weight_decay)
     return torch.optim.AdamW(
-        [{"params": groups[name], "name": name, **settings[name]} for name in groups if groups[name]],
-        lr=learning_rate,
+        [{**group, "peak_lr": group["lr"]} for group in groups],
         betas=(0.9, 0.95),
         fused=next(model.parameters()).is_cuda or None,
     )
