@@ -831,7 +831,7 @@ def test_two_billion_pairs(device):
 
 @pytest.mark.gpu
 def test_memory_is_of_the_order_of_the_pairs_on_a_gpu(device):
-    """Beyond inputs and outputs: under 16 MB forward, and backward 160 bytes a pair, 128 of them tiles' float32 sums."""
+    """Beyond inputs and outputs: under 16 MB forward; backward 160 bytes a pair, 128 of them float32 sums of tiles."""
     T, H, E, K = 4096, 1024, 16384, 64
     inputs, dout = make_expert_inputs(T, H, E, K, torch.bfloat16, device)
     for x in inputs:
