@@ -310,6 +310,7 @@ def test_exported_evaluation_takes_any_number_of_tokens(router_norm, device):
     ],
     ids=["plain", "counting"],
 )
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch 2.11, of its own file
 def test_exported_program_survives_a_file(track_expert_usage, device):
     layer = make_layer(device, track_expert_usage=track_expert_usage).eval()
     tokens = torch.export.Dim("tokens", max=4096)
@@ -326,7 +327,6 @@ def test_exported_program_survives_a_file(track_expert_usage, device):
         loaded(torch.zeros(5000, SIZES["hidden_size"], device=device))
 
 
-@pytest.mark.xfail(reason="T * K is compared with the limit, and export solves that for T as a fraction")
 def test_export_names_the_limit_of_an_unbounded_dimension():
     layer, tokens = make_layer("cpu").eval(), torch.export.Dim("tokens")
     with pytest.raises(torch._dynamo.exc.UserError, match="max=715827882"):  # 2^31 / K
