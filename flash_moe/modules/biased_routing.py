@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from flash_moe._backend import Backend, resolve_backend
-from flash_moe.modules.recomputation import add_once
+from flash_moe.modules.rank_sums import sum_over_ranks
+from flash_moe.modules.recomputation import add_once, is_recomputing
 from flash_moe.ops._register import register_op
 from flash_moe.ops.flash_router import flash_router
 
@@ -30,10 +31,9 @@ def biased_routing(
         ``weights [T, K]`` of the logits without the bias, so not in descending order, and ``indices [T, K]``. The bias
         gets no gradient.
     """
-    with torch.no_grad():
-        wide = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
-        biased = wide + router_bias[:, None, :]
-        _, indices = flash_router(biased, num_expert_keys, num_experts_per_tok, backend=backend)
+    logits = router_logits.detach()
+    biased = logits.to(torch.promote_types(logits.dtype, torch.float32)) + router_bias[:, None, :]
+    _, indices = flash_router(biased, num_expert_keys, num_experts_per_tok, backend=backend)
     chosen = resolve_backend(backend, router_logits)
     if chosen is Backend.REFERENCE:
         return _weigh(router_logits, indices, norm_topk_prob)[0], indices
@@ -43,17 +43,21 @@ def biased_routing(
     return weights, indices
 
 
-@torch.no_grad()
-def update_bias(router_bias: Tensor, expert_counts: Tensor, rate: float) -> None:
+def update_bias(router_bias: Tensor, expert_counts: Tensor, rate: float, *, across_ranks: bool = False) -> None:
     """Raise the bias of every key with less than the mean load of its half by ``rate``, and lower it where it is more.
 
-    ``expert_counts [E]``: pairs by expert. A forward that activation checkpointing runs again changes nothing.
+    ``expert_counts [E]``: pairs by expert, which with ``across_ranks`` are first summed over all ranks. A forward that
+    activation checkpointing runs again changes nothing.
     Source: arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437, section 2.1.2.
     """
+    if not torch.compiler.is_compiling() and is_recomputing():
+        return
     N = router_bias.shape[1]
     by_pair = expert_counts.view(N, N)
     loads = torch.stack((by_pair.sum(1), by_pair.sum(0)))
-    below_mean = (expert_counts.sum() - N * loads).sign()  # in integers, so that an even load is exactly even
+    if across_ranks:
+        loads = sum_over_ranks(loads)
+    below_mean = (loads.sum(1, keepdim=True) - N * loads).sign()  # in integers, so that an even load is exactly even
     add_once(router_bias, rate * below_mean.to(router_bias.dtype))
 
 

@@ -26,6 +26,7 @@ from flash_moe._checks import (
 )
 from flash_moe.modules.biased_routing import biased_routing, update_bias
 from flash_moe.modules.expert_usage import ExpertUsage, count_experts, summarize_usage
+from flash_moe.modules.rank_sums import spans_ranks
 from flash_moe.modules.recomputation import LossOnTheSide, add_once, copy_once
 from flash_moe.modules.router_losses import load_balancing_loss, router_z_loss
 from flash_moe.modules.token_batch_norm import token_batch_norm
@@ -57,6 +58,10 @@ class FlashMoEConfig:
     """Divide a token's K routing weights by their sum."""
     router_norm: Literal["batch", "rms", "none"] = "batch"
     """What the router sees: tokens after BatchNorm or RMSNorm, both without a learned scale, or as they are."""
+    router_sync: bool = False
+    """While training, take BatchNorm's statistics, and the loads that move ``router_bias``, over the tokens of all
+    ranks of the default process group, if there is one. Every rank must then call the layer equally often.
+    """
     router_aux_loss_coef: float = 0.0
     """Weight of the load-balancing loss in ``FlashMoE.router_loss``; 0 leaves it out."""
     router_z_loss_coef: float = 0.0
@@ -87,7 +92,7 @@ class FlashMoEConfig:
         for name, value, allowed in (("router_norm", self.router_norm, NORMS), ("backend", self.backend, BACKENDS)):
             if value not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
-        for name in ("norm_topk_prob", "track_expert_usage", "sparse_grad"):
+        for name in ("norm_topk_prob", "router_sync", "track_expert_usage", "sparse_grad"):
             check_bool(name, getattr(self, name))
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"):
             check_coefficient(name, getattr(self, name))
@@ -249,7 +254,8 @@ class FlashMoE(nn.Module):
             if weight.device != device or weight.dtype not in allowed:
                 check_same_device(**{"hidden_states": hidden_states, f"{name}.weight": weight})
                 check_dtype(f"{name}.weight", weight, allowed)
-        if self.training and self.config.router_norm == "batch" and hidden_states.numel() == H:
+        trains_norm = self.training and self.config.router_norm == "batch"
+        if trains_norm and hidden_states.numel() == H and not self._across_ranks():
             raise ValueError(
                 "hidden_states: expected 2 or more tokens, since BatchNorm cannot train on one; got 1; "
                 'train on more tokens at a time, call eval(), or configure router_norm="rms" or "none"'
@@ -264,11 +270,15 @@ class FlashMoE(nn.Module):
         return products.view(-1, 2, self.num_expert_keys).transpose(0, 1)
 
     def _normalize(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
-        if x.shape[0] == 0:
+        across_ranks = self._across_ranks()
+        if x.shape[0] == 0 and not across_ranks:
             return x  # BatchNorm refuses to train on nothing; its statistics stay as they are
         if self.training and isinstance(self.router_norm, nn.BatchNorm1d):
-            return token_batch_norm(x, self.router_norm, token_mask)
+            return token_batch_norm(x, self.router_norm, token_mask, across_ranks=across_ranks)
         return self.router_norm(x)
+
+    def _across_ranks(self) -> bool:
+        return self.config.router_sync and self.training and spans_ranks()
 
     def _routed(
         self, x: Tensor, router_logits: Tensor, down_embed: Tensor, up_embed: Tensor, token_mask: Tensor | None
@@ -317,7 +327,8 @@ class FlashMoE(nn.Module):
             if config.track_expert_usage:
                 add_once(self._counts(), counts)
             if moves_bias:
-                update_bias(cast(Tensor, self.router_bias), counts, config.router_bias_update_rate)
+                bias = cast(Tensor, self.router_bias)
+                update_bias(bias, counts, config.router_bias_update_rate, across_ranks=self._across_ranks())
             if wants_aux:
                 log_probs = F.log_softmax(router_logits, dim=-1, dtype=dtype)
                 losses.append(config.router_aux_loss_coef * load_balancing_loss(log_probs, counts, token_weights))

@@ -17,9 +17,8 @@ def is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-@torch.no_grad()
 def add_once(buffer: Tensor, increment: Tensor | int) -> None:
-    """``buffer += increment``, but not in a recomputed forward."""
+    """``buffer += increment``, which has no graph, but not in a recomputed forward."""
     if torch.compiler.is_compiling():
         # One graph runs in both passes, so the question is asked when it runs.
         buffer.add_(torch.where(torch.ops.flash_moe.is_first_forward(buffer), increment, 0))
@@ -27,7 +26,6 @@ def add_once(buffer: Tensor, increment: Tensor | int) -> None:
         buffer.add_(increment)
 
 
-@torch.no_grad()
 def copy_once(buffer: Tensor, value: Tensor) -> None:
     """``buffer.copy_(value)``, but not in a recomputed forward, which finds what the first one copied."""
     if torch.compiler.is_compiling():

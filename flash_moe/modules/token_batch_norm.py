@@ -6,20 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flash_moe.modules.rank_sums import sum_over_ranks
 from flash_moe.modules.recomputation import add_once, is_recomputing
 
 
-def token_batch_norm(x: Tensor, norm: nn.BatchNorm1d, token_mask: Tensor | None = None) -> Tensor:
+def token_batch_norm(
+    x: Tensor, norm: nn.BatchNorm1d, token_mask: Tensor | None = None, *, across_ranks: bool = False
+) -> Tensor:
     """``norm`` in training on the rows of ``x [T, H]`` with a True ``token_mask [T]``; the others become 0.
 
     Updates the running statistics as ``norm`` does, but not in a forward that activation checkpointing runs again.
-    Statistics are at least float32.
+    Statistics are at least float32, and with ``across_ranks`` those of the tokens of all ranks, of which some may have
+    none.
     """
-    if token_mask is None and not torch.compiler.is_compiling():
+    if token_mask is None and not across_ranks and not torch.compiler.is_compiling():
         return _native_batch_norm(x, norm)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean, variance, num_tokens = _statistics(wide, token_mask)
-    _update_running(norm, mean, variance, num_tokens)
+    if across_ranks:
+        mean, variance, num_tokens = _of_all_ranks(mean, variance, num_tokens)
+    _update_running(norm, mean.detach(), variance.detach(), num_tokens)
     normed = (wide - mean) * torch.rsqrt(variance + norm.eps)
     if token_mask is not None:
         normed = normed * token_mask[:, None].to(wide.dtype)
@@ -35,9 +41,11 @@ def _native_batch_norm(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:
 
 def _statistics(wide: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Mean ``[H]``, variance ``[H]`` (over the number of tokens) and the number of tokens."""
-    if token_mask is None:
+    if token_mask is None and wide.shape[0] > 0:
         variance, mean = torch.var_mean(wide, dim=0, correction=0)
         return mean, variance, wide.new_full((), wide.shape[0])
+    if token_mask is None:
+        return wide.sum(0), wide.sum(0), wide.new_zeros(())
     token_weights = token_mask[:, None].to(wide.dtype)
     num_tokens = token_weights.sum()
     mean = (wide * token_weights).sum(0) / num_tokens.clamp(min=1)
@@ -45,7 +53,19 @@ def _statistics(wide: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor
     return mean, variance, num_tokens
 
 
-@torch.no_grad()
+def _of_all_ranks(mean: Tensor, variance: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of the tokens of all ranks, from one sum over ranks."""
+    H, dtype = mean.shape[0], mean.dtype
+    # float64, so that a variance survives as the difference of two large numbers; there are only 2 H + 1 of them.
+    mean, variance, num_tokens = mean.double(), variance.double(), num_tokens.double()
+    sums = torch.cat((mean * num_tokens, (variance + mean.square()) * num_tokens, num_tokens[None]))
+    total, total_of_squares, num_tokens = sum_over_ranks(sums).split((H, H, 1))
+    num_tokens = num_tokens[0].detach()
+    mean = total / num_tokens.clamp(min=1)
+    variance = total_of_squares / num_tokens.clamp(min=1) - mean.square()
+    return mean.to(dtype), variance.to(dtype).clamp(min=0), num_tokens.to(dtype)
+
+
 def _update_running(norm: nn.BatchNorm1d, mean: Tensor, variance: Tensor, num_tokens: Tensor) -> None:
     # A batch that is all padding leaves the statistics as they are, and so does a single token, which has no variance:
     # to raise, as without a mask, would need the host to wait for the count.
