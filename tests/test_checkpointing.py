@@ -194,6 +194,10 @@ def test_copies_after_a_checkpointed_step(use_reentrant, device):
     assert torch.equal(twin(x)[0], stack.blocks[0].moe(x)[0])
 
 
+def test_opcheck_of_the_question(device):
+    torch.library.opcheck(torch.ops.flash_moe.is_first_forward, (torch.zeros(3, device=device),))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32 matrix multiplication:UserWarning")
 @both_modes

@@ -358,6 +358,17 @@ def test_leading_dimensions_are_only_a_shape(shape, training):
     assert_same_bits(actual, expected)
 
 
+@pytest.mark.parametrize("intermediate_size", [0, 20])
+def test_output_may_be_changed_in_place(intermediate_size):
+    layer = make_layer(intermediate_size=intermediate_size)
+    x, (dy, _) = make_data(layer, 2, 3)
+    y, _ = layer(x)
+    assert not y._is_view()
+    (expected,) = torch.autograd.grad(2 * y, layer.up_embed.weight, dy, retain_graph=True)
+    y *= 2
+    assert torch.equal(torch.autograd.grad(y, layer.up_embed.weight, dy)[0], expected)
+
+
 def test_input_need_not_be_contiguous():
     layer = make_layer()
     x, (dy, dlogits) = make_data(layer, 4, 6)

@@ -89,6 +89,14 @@ def test_16_bit_logits_are_biased_in_float32(device):
     assert experts.item() == 2 * 4 + 3
 
 
+@normed_or_not
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck_of_the_weights(backend, norm_topk_prob, device):
+    router_logits = make_routing(7, 5, device)[0].transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    indices = torch.randint(25, (7, 3), device=device)
+    torch.library.opcheck(torch.ops.flash_moe.weigh_experts, (router_logits, indices, norm_topk_prob, backend))
+
+
 def test_update_raises_what_is_below_its_half_mean():
     # 3 rows take 6, 3 and 3 pairs, the mean is 4; 3 columns take 4 each.
     counts = torch.tensor([[2, 2, 2], [2, 1, 0], [0, 1, 2]])
@@ -281,3 +289,28 @@ def test_on_a_gpu_two_runs_give_the_same_bits_and_wait_for_nothing(device, monke
         layer(x)[0].sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_graph_replay_moves_the_bias(device):
+    layer, x = make_layer(device), make_tokens(40, device=device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            layer(x)[0].sum().backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        y, router_logits = layer(x)
+        y.sum().backward()
+    for seed in (2, 3):
+        x.copy_(make_tokens(40, device=device, seed=seed))
+        before = layer.router_bias.clone()
+        graph.replay()
+        _, experts = naive(router_logits.detach().double(), before, 3, False)
+        loads = torch.stack(
+            [torch.bincount(ids.flatten(), minlength=5) for ids in (experts // 5, experts % 5)]
+        ).double()
+        expected = before + RATE * torch.sign(loads.mean(-1, keepdim=True) - loads).float()
+        assert torch.equal(layer.router_bias, expected)

@@ -107,6 +107,8 @@ def work(rank, device_type, folder):
             results[case] = run(case, slice(start, start + shares[rank]), device)
         except Exception as error:
             raise RuntimeError(f"rank {rank}, {case}") from error
+    x = torch.ones(3, device=device, requires_grad=True)
+    torch.library.opcheck(torch.ops.flash_moe.sum_over_ranks, (x,))
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -191,7 +191,8 @@ class FlashMoE(nn.Module):
         if self.config.intermediate_size > 0:
             projections = (weights["gate_proj"], weights["up_proj"], weights["down_proj"])
             y = y + flash_mlp(x, *projections, hidden_act=self.config.hidden_act, backend=self.config.backend)
-        return y.reshape(hidden_states.shape), router_logits
+        # No view of a tensor that nobody else has: an in-place operation on one would lose FSDP2's backward hook.
+        return torch.ops.aten._unsafe_view(y, hidden_states.shape), router_logits
 
     @property
     def router_loss(self) -> Tensor | None:
