@@ -302,14 +302,7 @@ def test_exported_evaluation_takes_any_number_of_tokens(router_norm, device):
     assert all(torch.equal(buffer, layer.get_buffer(name)) for name, buffer in program.named_buffers())
 
 
-@pytest.mark.parametrize(
-    "track_expert_usage",
-    [
-        False,
-        pytest.param(True, marks=pytest.mark.xfail(reason="add_once exports a no_grad block that torch cannot load")),
-    ],
-    ids=["plain", "counting"],
-)
+@pytest.mark.parametrize("track_expert_usage", [False, True], ids=["plain", "counting"])
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch 2.11, of its own file
 def test_exported_program_survives_a_file(track_expert_usage, device):
     layer = make_layer(device, track_expert_usage=track_expert_usage).eval()
