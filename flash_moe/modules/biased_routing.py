@@ -12,8 +12,9 @@ from torch import Tensor
 from flash_moe._backend import Backend, resolve_backend
 from flash_moe.modules.rank_sums import sum_over_ranks
 from flash_moe.modules.recomputation import add_once, is_recomputing
+from flash_moe.ops._reference.router import weigh_scores
 from flash_moe.ops._register import register_op
-from flash_moe.ops.flash_router import flash_router
+from flash_moe.ops.flash_router import flash_router, with_dense_rows
 
 
 def biased_routing(
@@ -37,9 +38,8 @@ def biased_routing(
     chosen = resolve_backend(backend, router_logits)
     if chosen is Backend.REFERENCE:
         return _weigh(router_logits, indices, norm_topk_prob)[0], indices
-    if not router_logits.transpose(0, 1).is_contiguous():
-        router_logits = router_logits.contiguous()
-    weights, _ = torch.ops.flash_moe.weigh_experts(router_logits, indices, norm_topk_prob, chosen.value)
+    logits = with_dense_rows(router_logits)
+    weights, _ = torch.ops.flash_moe.weigh_experts(logits, indices, norm_topk_prob, chosen.value)
     return weights, indices
 
 
@@ -66,10 +66,7 @@ def _weigh(router_logits: Tensor, indices: Tensor, norm_topk_prob: bool) -> tupl
     N = router_logits.shape[2]
     logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
     scores = logits[0].gather(1, indices // N) + logits[1].gather(1, indices % N)
-    if norm_topk_prob:
-        return scores.softmax(dim=-1), scores.new_empty(2, 0)
-    log_sums = logits.logsumexp(dim=-1)
-    return (scores - log_sums.sum(0)[:, None]).exp(), log_sums
+    return weigh_scores(scores, logits, norm_topk_prob)
 
 
 def _weigh_forward(router_logits: Tensor, indices: Tensor, norm_topk_prob: bool, backend: str) -> tuple[Tensor, Tensor]:

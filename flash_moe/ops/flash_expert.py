@@ -169,45 +169,20 @@ def _forward(
 
 
 def _forward_fake(
-    hidden_states: Tensor,
-    down_weights: Tensor,
-    up_weights: Tensor,
-    indices: Tensor,
-    routing_weights: Tensor,
-    hidden_act: str,
-    backend: str,
-    sparse_grad: bool = False,
+    hidden_states: Tensor, down: Tensor, up: Tensor, indices: Tensor, routing_weights: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(hidden_states), torch.empty_like(routing_weights, dtype=torch.float32)
 
 
-def _backward_tokens(
-    grad_out: Tensor,
-    hidden_states: Tensor,
-    down_weights: Tensor,
-    up_weights: Tensor,
-    indices: Tensor,
-    routing_weights: Tensor,
-    pre_activations: Tensor,
-    hidden_act: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _implementation(backend).expert_backward_tokens(
-        grad_out, hidden_states, down_weights, up_weights, indices, routing_weights, pre_activations, hidden_act
-    )
+def _backward_tokens(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *passed, backend = arguments
+    return _implementation(backend).expert_backward_tokens(*passed)
 
 
 def _backward_tokens_fake(
-    grad_out: Tensor,
-    hidden_states: Tensor,
-    down_weights: Tensor,
-    up_weights: Tensor,
-    indices: Tensor,
-    routing_weights: Tensor,
-    pre_activations: Tensor,
-    hidden_act: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_out: Tensor, hidden_states: Tensor, down: Tensor, up: Tensor, indices: Tensor, routing_weights: Tensor,
+    pre_activations: Tensor, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         torch.empty_like(hidden_states),
         torch.empty_like(routing_weights),
@@ -216,55 +191,25 @@ def _backward_tokens_fake(
     )
 
 
-def _backward_tables(
-    grad_out: Tensor,
-    hidden_states: Tensor,
-    indices: Tensor,
-    grad_pre_activations: Tensor,
-    coefficients: Tensor,
-    num_experts: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return _implementation(backend).expert_backward_tables(
-        grad_out, hidden_states, indices, grad_pre_activations, coefficients, num_experts
-    )
+def _backward_tables(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *passed, backend = arguments
+    return _implementation(backend).expert_backward_tables(*passed)
 
 
 def _backward_tables_fake(
-    grad_out: Tensor,
-    hidden_states: Tensor,
-    indices: Tensor,
-    grad_pre_activations: Tensor,
-    coefficients: Tensor,
-    num_experts: int,
-    backend: str,
+    grad_out: Tensor, hidden_states: Tensor, indices: Tensor, ds: Tensor, coefficients: Tensor, num_experts: int, _: str
 ) -> tuple[Tensor, Tensor]:
     grad = hidden_states.new_empty(num_experts, hidden_states.shape[1])
     return grad, torch.empty_like(grad)
 
 
-def _backward_rows(
-    grad_out: Tensor,
-    hidden_states: Tensor,
-    indices: Tensor,
-    grad_pre_activations: Tensor,
-    coefficients: Tensor,
-    num_experts: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation(backend).expert_backward_rows(
-        grad_out, hidden_states, indices, grad_pre_activations, coefficients, num_experts
-    )
+def _backward_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *passed, backend = arguments
+    return _implementation(backend).expert_backward_rows(*passed)
 
 
 def _backward_rows_fake(
-    grad_out: Tensor,
-    hidden_states: Tensor,
-    indices: Tensor,
-    grad_pre_activations: Tensor,
-    coefficients: Tensor,
-    num_experts: int,
-    backend: str,
+    grad_out: Tensor, hidden_states: Tensor, indices: Tensor, ds: Tensor, coefficients: Tensor, num_experts: int, _: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows = torch.sym_min(indices.numel(), num_experts)
     rows = hidden_states.new_empty(num_rows, hidden_states.shape[1])

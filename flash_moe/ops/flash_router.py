@@ -81,7 +81,7 @@ def flash_routing(
     if chosen is Backend.REFERENCE:
         return routing_reference(router_logits, num_expert_keys, num_experts_per_tok, norm_topk_prob)
     weights, indices, _ = torch.ops.flash_moe.flash_routing(
-        _with_dense_rows(router_logits), num_experts_per_tok, norm_topk_prob, chosen.value
+        with_dense_rows(router_logits), num_experts_per_tok, norm_topk_prob, chosen.value
     )
     return weights, indices
 
@@ -102,7 +102,7 @@ def _check(router_logits: Tensor, num_expert_keys: int, num_experts_per_tok: int
     return resolve_backend(backend, router_logits)
 
 
-def _with_dense_rows(router_logits: Tensor) -> Tensor:
+def with_dense_rows(router_logits: Tensor) -> Tensor:
     """As it is where it is ``[2, T, N]`` or ``[T, 2, N]`` in memory, else a copy."""
     if router_logits.transpose(0, 1).is_contiguous():
         return router_logits

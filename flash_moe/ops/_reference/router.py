@@ -28,6 +28,12 @@ def routing_reference(
     """``weights [T, K]``, products of both halves' softmax or those over their sum, and ``indices [T, K]``."""
     logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
     scores, indices = router_reference(logits, num_expert_keys, num_experts_per_tok)
+    return weigh_scores(scores, logits, norm_topk_prob)[0], indices
+
+
+def weigh_scores(scores: Tensor, logits: Tensor, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
+    """The ``weights [T, K]`` of experts that score ``scores [T, K]``, and ``log_sums [2, T]`` (empty if normed)."""
     if norm_topk_prob:
-        return scores.softmax(dim=-1), indices
-    return (scores - logits.logsumexp(dim=-1).sum(0)[:, None]).exp(), indices
+        return scores.softmax(dim=-1), scores.new_empty(2, 0)
+    log_sums = logits.logsumexp(dim=-1)
+    return (scores - log_sums.sum(0)[:, None]).exp(), log_sums
