@@ -4,17 +4,21 @@ import os
 import shutil
 import sys
 import sysconfig
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Triton reads this when it is imported, so it stands before any import of flash_moe or triton.
     os.environ["TRITON_INTERPRET"] = "1"
+RANKS_TIME_LIMIT = 100  # seconds, starting the processes included
 HAS_TRITON = find_spec("triton") is not None
 # Small tensors everywhere: on a large host the hand-out to a hundred threads would cost more than the work.
 torch.set_num_threads(min(torch.get_num_threads(), 4))
@@ -39,6 +43,25 @@ def compiler() -> str:
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     return "inductor" if has_headers and shutil.which(compiler) else "aot_eager"
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., list[Any]]:
+    """Runs ``work(rank, device_type, folder)`` in processes of their own; gives what each saved as ``<rank>.pt``."""
+    return _run_ranks
+
+
+def _run_ranks(work: Callable[..., None], device_type: str, folder: Path, num_ranks: int) -> list[Any]:
+    context = torch.multiprocessing.spawn(work, (device_type, folder), nprocs=num_ranks, join=False)
+    end = time.monotonic() + RANKS_TIME_LIMIT
+    try:
+        # join raises what a process raised, with its traceback, and ends the others.
+        while not context.join(timeout=1):
+            assert time.monotonic() < end, f"expected the processes to end within {RANKS_TIME_LIMIT} seconds"
+    finally:
+        for process in context.processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", map_location=device_type) for rank in range(num_ranks)]
 
 
 @pytest.fixture

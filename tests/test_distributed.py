@@ -3,13 +3,11 @@
 On a CPU over gloo, and over NCCL where there are two GPUs. One start of the processes serves all cases of a device.
 """
 
-import time
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -25,7 +23,6 @@ RANKS = 2
 SIZES = {"hidden_size": 12, "intermediate_size": 20, "num_experts": 25, "num_experts_per_tok": 3}
 WRAPPERS = ("ddp", "fsdp2", "fsdp2 in bfloat16")
 NORMS = ("batch", "rms", "none")
-TIME_LIMIT = 100  # seconds, starting the processes included
 
 every_norm = pytest.mark.parametrize("router_norm", NORMS)
 
@@ -155,19 +152,9 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs t
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, two_gpus])])
-def ranks(request, tmp_path_factory):
+def ranks(request, tmp_path_factory, run_ranks):
     """The results of each rank by wrapper and norm."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = torch.multiprocessing.spawn(work, (request.param, folder), nprocs=RANKS, join=False)
-    end = time.monotonic() + TIME_LIMIT
-    try:
-        # join raises what a process raised, with its traceback, and ends the others.
-        while not context.join(timeout=1):
-            assert time.monotonic() < end, f"expected the processes to end within {TIME_LIMIT} seconds"
-    finally:
-        for process in context.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", map_location=request.param) for rank in range(RANKS)]
+    return run_ranks(work, request.param, tmp_path_factory.mktemp("ranks"), RANKS)
 
 
 def train_on_all_tokens(router_norm, device):

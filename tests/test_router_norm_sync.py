@@ -3,19 +3,16 @@
 On a CPU over gloo, and over NCCL where there are two GPUs. One start of the processes serves all cases of a device.
 """
 
-import time
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch.utils.checkpoint import checkpoint
 
 from flash_moe import FlashMoE, FlashMoEConfig
 
 RANKS = 2
-TIME_LIMIT = 100  # seconds, starting the processes included
 STEPS = 3
 # Tokens of each rank, the share of them that is no padding, and how the layer is called.
 CASES = {
@@ -117,18 +114,9 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs t
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, two_gpus])])
-def ranks(request, tmp_path_factory):
+def ranks(request, tmp_path_factory, run_ranks):
     """The results of each rank by case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = torch.multiprocessing.spawn(work, (request.param, folder), nprocs=RANKS, join=False)
-    end = time.monotonic() + TIME_LIMIT
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < end, f"expected the processes to end within {TIME_LIMIT} seconds"
-    finally:
-        for process in context.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", map_location=request.param) for rank in range(RANKS)]
+    return run_ranks(work, request.param, tmp_path_factory.mktemp("ranks"), RANKS)
 
 
 def relative_error(actual, expected):
