@@ -75,7 +75,9 @@ def test_groups(T, K, E, kind, device):
     assert torch.equal(groups.order.long(), order)
     assert torch.equal(groups.offsets.long(), torch.searchsorted(ids, experts))
     assert torch.equal(distinct.order.long(), order)
-    want, counts = ids.unique(return_counts=True)
+    assert torch.equal(groups.keys.long() - groups.first, ids)
+    want, numbers, counts = ids.unique(return_inverse=True, return_counts=True)
+    assert torch.equal(distinct.keys.long() - distinct.first, numbers)
     G = min(T * K, E)
     assert distinct_ids.dtype == torch.int64
     assert distinct_ids.tolist() == [want[g % len(want)].item() for g in range(G)]

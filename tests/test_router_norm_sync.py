@@ -87,6 +87,7 @@ def run(case, tokens, device):
 def work(rank, device_type, folder):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # PyTorch 2.11's own, on importing Inductor
     device = torch.device(device_type, rank if device_type == "cuda" else None)
     if device_type == "cuda":
         torch.cuda.set_device(rank)

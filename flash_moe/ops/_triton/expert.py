@@ -4,7 +4,7 @@ T tokens, H hidden size, E experts, K experts per token, P = T * K pairs (token,
 are in float32 and in a fixed order. Every pass is one of three products, and each exists once:
   dots          value[t, k] = row[t] . table[e]              forward: x . down; backward: dout . up
   token sums    out[t] = sum_k coefficient[t, k] * table[e]  forward: act(s) * w over up; backward: ds over down
-  expert sums   grad[e] = sum of coefficient[t, k] * row[t] over the pairs of e, sorted by expert
+  expert sums   grad[e] = sum of coefficient[t, k] * row[t] over the pairs of e (``expert_sums.py``)
 A dot may be split into S column slices of the table, whose partial values ``[S, T, K]`` the next kernel adds.
 Row addresses are 64-bit: E * H and T * H may pass 2^31; P may not.
 """
@@ -24,21 +24,17 @@ from flash_moe.ops._triton.expert_plan import (
     FUSED,
     variant_for,
 )
-from flash_moe.ops._triton.grouping import Groups, group_by_distinct_expert, group_by_expert
-from flash_moe.ops._triton.launch import launch_config
+from flash_moe.ops._triton.expert_sums import expert_sums
+from flash_moe.ops._triton.grouping import group_by_distinct_expert, group_by_expert
+from flash_moe.ops._triton.launch import tile_config
 from flash_moe.ops._triton.math import activation, activation_grad, round_for
 
 # The tiles that a warp keeps in flight are in the launch tables. On an H200 at T 4096, H 1024, bf16, K 64, E 16384 the
-# best of up to 60 shapes: dots 7.2, token sums 8.5, expert sums 7.5 TB/s, counted per row used; one row load at a time:
-# 5.9, 8.3, 7.5. Many pairs want their expert sums in narrower tiles: at T 16384, E 102400, K 512 4.6 ms instead of 5.7.
+# best of up to 60 shapes: dots 7.2, token sums 8.5 TB/s, counted per row used; one row load at a time: 5.9, 8.3.
 # Where the table passes the L2 cache and a slice of SLICE columns does not, all tokens take their dots with one slice
 # before the next: at K 512, E 102400 (210 MB) 7.6 TB/s instead of 4.0. The sums' programs are in that order anyway.
 SLICE = 256
 BLOCKS_PER_PROGRAM_OF_A_SLICE = 4
-# An expert that owns two tiles of pairs or more has them summed in programs of their own. A tile of H / 16 pairs keeps
-# the tiles' float32 sums at 32 numbers a pair; shorter than MIN_HOT_TILE they would cost more than they save.
-MIN_HOT_TILE = 64
-HOT_UNROLL = 2  # pays for full tiles; for the short segments of most experts it costs a fifth
 ELEMENTWISE_BLOCK = 1024
 
 
@@ -158,140 +154,6 @@ def _token_sums_kernel(
     tl.store(out_ptr + t * H + h, round_for(out_ptr, tl.sum(acc, 0)), mask=h < H)
 
 
-@triton.jit
-def _add_pairs(
-    ddown,
-    dup,
-    start,
-    end,
-    x_ptr,
-    dout_ptr,
-    dpre_activations_ptr,
-    coefficients_ptr,
-    order_ptr,
-    h,
-    H,
-    K,
-    BLOCK_P: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """ddown, dup [BLOCK_P, BLOCK_H] plus ds * x and coefficient * dout of the sorted pairs [start, end).
-
-    Both at once: the pairs' numbers are read once, and twice as many bytes are in flight behind them.
-    """
-    for first in tl.range(start, end, BLOCK_P, loop_unroll_factor=UNROLL):
-        p = first + tl.arange(0, BLOCK_P)
-        pair = tl.load(order_ptr + p, mask=p < end, other=0).to(tl.int32)
-        ds = tl.load(dpre_activations_ptr + pair, mask=p < end, other=0.0)
-        coefficients = tl.load(coefficients_ptr + pair, mask=p < end, other=0.0)
-        mask = (p < end)[:, None] & (h < H)[None, :]
-        offs = (pair // K).to(tl.int64)[:, None] * H + h[None, :]
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        ddown += ds[:, None] * x
-        dup += coefficients[:, None] * dout
-    return ddown, dup
-
-
-@triton.jit
-def _is_hot_tile(keys_ptr, start, P, HOT_TILE: tl.constexpr):
-    """Whether one expert owns the tile that starts at ``start``, and the tile before or behind it as well."""
-    key = tl.load(keys_ptr + start)
-    is_owned = key == tl.load(keys_ptr + start + HOT_TILE - 1)
-    has_before, has_behind = start >= HOT_TILE, start + 2 * HOT_TILE <= P
-    owns_before = has_before & (tl.load(keys_ptr + start - HOT_TILE, mask=has_before, other=0) == key)
-    owns_behind = has_behind & (tl.load(keys_ptr + start + 2 * HOT_TILE - 1, mask=has_behind, other=0) == key)
-    return is_owned & (owns_before | owns_behind)
-
-
-@triton.jit
-def _hot_tiles_kernel(
-    x_ptr,
-    dout_ptr,
-    dpre_activations_ptr,
-    coefficients_ptr,
-    keys_ptr,
-    order_ptr,
-    partials_ptr,
-    P,
-    H,
-    K,
-    HOT_TILE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """partials[tile] = ddown's and dup's sum over the tile's HOT_TILE sorted pairs, if it is a hot one."""
-    tile = tl.program_id(0).to(tl.int64)
-    start = tile * HOT_TILE
-    if _is_hot_tile(keys_ptr, start, P, HOT_TILE):
-        h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-        ddown = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
-        dup = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
-        ddown, dup = _add_pairs(
-            ddown, dup, start, start + HOT_TILE,
-            x_ptr, dout_ptr, dpre_activations_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P, UNROLL,
-        )  # fmt: skip
-        tl.store(partials_ptr + 2 * tile * H + h, tl.sum(ddown, 0), mask=h < H)
-        tl.store(partials_ptr + (2 * tile + 1) * H + h, tl.sum(dup, 0), mask=h < H)
-
-
-@triton.jit
-def _expert_sums_kernel(
-    x_ptr,
-    dout_ptr,
-    dpre_activations_ptr,
-    coefficients_ptr,
-    order_ptr,
-    offsets_ptr,
-    partials_ptr,
-    ddown_ptr,
-    dup_ptr,
-    H,
-    K,
-    HOT_TILE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """ddown[g], dup[g]: the group's pairs one by one; of hot tiles ``partials``, and their expert's ends one by one."""
-    g = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    start = tl.load(offsets_ptr + g).to(tl.int64)
-    end = tl.load(offsets_ptr + g + 1).to(tl.int64)
-    is_hot = end // HOT_TILE - tl.cdiv(start, HOT_TILE) >= 2
-    first_tile = tl.where(is_hot, tl.cdiv(start, HOT_TILE), 0)
-    last_tile = tl.where(is_hot, end // HOT_TILE, 0)
-    head_end = tl.where(is_hot, first_tile * HOT_TILE, end)
-    tail_start = tl.where(is_hot, last_tile * HOT_TILE, end)
-    ddown = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
-    dup = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
-    ddown, dup = _add_pairs(
-        ddown, dup, start, head_end,
-        x_ptr, dout_ptr, dpre_activations_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P, UNROLL,
-    )  # fmt: skip
-    for first in range(first_tile, last_tile, BLOCK_P):
-        tile = first + tl.arange(0, BLOCK_P)
-        mask = (tile < last_tile)[:, None] & (h < H)[None, :]
-        offs = 2 * tile[:, None] * H + h[None, :]
-        ddown += tl.load(partials_ptr + offs, mask=mask, other=0.0)
-        dup += tl.load(partials_ptr + offs + H, mask=mask, other=0.0)
-    ddown, dup = _add_pairs(
-        ddown, dup, tail_start, end,
-        x_ptr, dout_ptr, dpre_activations_ptr, coefficients_ptr, order_ptr, h, H, K, BLOCK_P, UNROLL,
-    )  # fmt: skip
-    tl.store(ddown_ptr + g * H + h, round_for(ddown_ptr, tl.sum(ddown, 0)), mask=h < H)
-    tl.store(dup_ptr + g * H + h, round_for(dup_ptr, tl.sum(dup, 0)), mask=h < H)
-
-
-def _config(kernel: str, table: Tensor, indices: Tensor, width: int) -> dict[str, int]:
-    """The kernel's launch config; a block is not wider than ``width`` columns need."""
-    (T, K), (E, H) = indices.shape, table.shape
-    config = dict(launch_config(kernel, table.device, (T, H, E, K)))
-    config["BLOCK_H"] = min(config["BLOCK_H"], max(16, triton.next_power_of_2(width)))
-    return config
-
-
 def _slice_width(table: Tensor, num_pairs: int) -> int:
     """Columns of a slice: all of H, or SLICE where that brings rows that are used again within the L2 cache."""
     E, H = table.shape
@@ -306,7 +168,7 @@ def _dots(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     (T, K), H = indices.shape, table.shape[1]
     width = _slice_width(table, indices.numel())
     num_slices = triton.cdiv(H, width)
-    config = _config("dots", table, indices, width)
+    config = tile_config("dots", table, indices, width)
     k_per_program = config["BLOCK_K"] * (1 if num_slices == 1 else BLOCKS_PER_PROGRAM_OF_A_SLICE)
     partials = torch.empty(num_slices, T, K, dtype=torch.float32, device=rows.device)
     grid = (T * triton.cdiv(K, k_per_program), num_slices)
@@ -317,7 +179,7 @@ def _dots(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
 def _token_sums(coefficients: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     (T, K), H = indices.shape, table.shape[1]
     out = table.new_empty(T, H)
-    config = _config("token_sums", table, indices, H)
+    config = tile_config("token_sums", table, indices, H)
     _token_sums_kernel[(T, triton.cdiv(H, config["BLOCK_H"]))](coefficients, table, indices, out, H, K, **config)
     return out
 
@@ -427,7 +289,7 @@ def expert_backward_tables(
             ddown = dense_expert_sums(hidden_states, dpre_activations, indices, num_experts)
             return ddown, dense_expert_sums(grad_out, coefficients, indices, num_experts)
         groups = group_by_expert(indices, num_experts)
-        return _expert_sums(grad_out, hidden_states, dpre_activations, coefficients, groups)
+        return expert_sums(grad_out, hidden_states, dpre_activations, coefficients, groups)
 
 
 def expert_backward_rows(
@@ -441,28 +303,4 @@ def expert_backward_rows(
     """``ids``, int64, and ``ddown``, ``dup`` of each distinct expert, in min(P, E) rows; the rows left are zeros."""
     with torch.cuda.device_of(hidden_states):
         groups, ids = group_by_distinct_expert(indices, num_experts)
-        return ids, *_expert_sums(grad_out, hidden_states, dpre_activations, coefficients, groups)
-
-
-def _expert_sums(
-    grad_out: Tensor, hidden_states: Tensor, dpre_activations: Tensor, coefficients: Tensor, groups: Groups
-) -> tuple[Tensor, Tensor]:
-    """``ddown`` and ``dup [G, H]``, a row for each group; an empty one gets zeros."""
-    (P,), H, K = groups.order.shape, hidden_states.shape[1], coefficients.shape[1]
-    num_groups = groups.offsets.numel() - 1
-    ddown, dup = (hidden_states.new_empty(num_groups, H) for _ in range(2))
-    hot_tile = max(MIN_HOT_TILE, triton.next_power_of_2(H) // 16)
-    num_tiles = P // hot_tile
-    partials = hidden_states.new_empty(num_tiles, 2, H, dtype=torch.float32)
-    config = _config("expert_sums", ddown, coefficients, H)
-    num_slices = triton.cdiv(H, config["BLOCK_H"])
-    rows = (hidden_states, grad_out, dpre_activations, coefficients)
-    if num_tiles >= 2:  # else none is hot
-        hot_config = config | {"UNROLL": HOT_UNROLL}
-        _hot_tiles_kernel[(num_tiles, num_slices)](
-            *rows, groups.keys, groups.order, partials, P, H, K, hot_tile, **hot_config
-        )
-    _expert_sums_kernel[(num_groups, num_slices)](
-        *rows, groups.order, groups.offsets, partials, ddown, dup, H, K, hot_tile, **config
-    )
-    return ddown, dup
+        return ids, *expert_sums(grad_out, hidden_states, dpre_activations, coefficients, groups)

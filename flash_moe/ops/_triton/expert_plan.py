@@ -8,7 +8,6 @@ In microseconds, with B bytes an element:
   gathered product   START + P H B / rate; rates are lower where what is gathered passes the L2 cache
   table gradients    and the sort by expert, once for both tables, and writing all E rows
   dense product      START + waves of tiles * (TILE_START + products of a tile / rate)
-  dense sum          and the compression of its coefficients, START + P / rate
   dense sum          and the compression of its coefficients, ELEMENTWISE + P / rate
   fused, few tokens  START + K (H + columns of a program) B / rate of a multiprocessor
   fused, many        START + 2 P H B / rate

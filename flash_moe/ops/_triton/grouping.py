@@ -19,11 +19,13 @@ BLOCK = 1024
 
 class Groups(NamedTuple):
     keys: Tensor
-    """``[P]``: the expert of each pair, less a constant; ascending."""
+    """``[P]``, an integer dtype: the group of each pair, plus ``first``; ascending."""
     order: Tensor
     """``[P]``, int32 or int64: the pairs by expert, and of an expert by number."""
     offsets: Tensor
     """``[G + 1]``, int32: group g is pairs offsets[g] to offsets[g + 1] of ``order``."""
+    first: int
+    """The key of group 0."""
 
 
 @triton.jit
@@ -112,7 +114,7 @@ def group_by_expert(indices: Tensor, num_experts: int) -> Groups:
     P, offsets = indices.numel(), torch.empty(num_experts + 1, dtype=torch.int32, device=indices.device)
     grid = (triton.cdiv(num_experts + 1, BLOCK),)
     _offsets_kernel[grid](keys, offsets, P, num_experts, P.bit_length(), first, BLOCK)
-    return Groups(keys, order, offsets)
+    return Groups(keys, order, offsets, first)
 
 
 def group_by_distinct_expert(indices: Tensor, num_experts: int) -> tuple[Groups, Tensor]:
@@ -132,4 +134,4 @@ def group_by_distinct_expert(indices: Tensor, num_experts: int) -> tuple[Groups,
     if G > 0:
         grid = (triton.cdiv(G + 1, BLOCK),)
         _distinct_kernel[grid](numbers, keys, offsets, ids, P, G, P.bit_length(), first, BLOCK)
-    return Groups(keys, order, offsets), ids
+    return Groups(numbers, order, offsets, 1), ids

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 FOLDER = Path(__file__).parent / "launch_tables"
 DEFAULT = "default"
@@ -56,6 +57,19 @@ def launch_config(kernel: str, device: torch.device, sizes: Sizes) -> Config:
     index = device.index if device.type == "cuda" else _CPU
     first = sizes[0]
     return _nearest(kernel, index, (first * first).bit_length() // 2, sizes[1:])  # log2(first), rounded
+
+
+def tile_config(kernel: str, table: Tensor, indices: Tensor, width: int) -> dict[str, int]:
+    """``launch_config`` of an expert kernel on ``[E, H]`` and ``[T, K]``, its block no wider than ``width`` needs."""
+    (T, K), (E, H) = indices.shape, table.shape
+    config = dict(launch_config(kernel, table.device, (T, H, E, K)))
+    config["BLOCK_H"] = min(config["BLOCK_H"], block_of(width))
+    return config
+
+
+def block_of(width: int) -> int:
+    """The smallest block of columns that holds ``width`` of them."""
+    return max(16, 1 << (width - 1).bit_length())
 
 
 @contextmanager
