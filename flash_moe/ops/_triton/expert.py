@@ -132,18 +132,15 @@ def _coefficients_bwd_kernel(
 @triton.jit
 def _token_sums_kernel(
     coefficients_ptr,
-    weights_ptr,
     table_ptr,
     indices_ptr,
     out_ptr,
     H,
     K,
-    HIDDEN_ACT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """out[t] = sum_k coefficient[t, k] * table[e]; with weights w the coefficient is act(s) * w of what is given, s."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     acc = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
@@ -151,9 +148,6 @@ def _token_sums_kernel(
         k = start + tl.arange(0, BLOCK_K)
         ids = tl.load(indices_ptr + t * K + k, mask=k < K, other=0).to(tl.int64)
         coefficients = tl.load(coefficients_ptr + t * K + k, mask=k < K, other=0.0)
-        if weights_ptr is not None:
-            weights = tl.load(weights_ptr + t * K + k, mask=k < K, other=0.0).to(tl.float32)
-            coefficients = activation(coefficients, HIDDEN_ACT) * weights
         mask = (k < K)[:, None] & (h < H)[None, :]
         rows = tl.load(table_ptr + ids[:, None] * H + h[None, :], mask=mask, other=0.0).to(tl.float32)
         acc += coefficients[:, None] * rows
@@ -182,20 +176,11 @@ def _dots(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     return partials
 
 
-def _token_sums(
-    coefficients: Tensor,
-    table: Tensor,
-    indices: Tensor,
-    weights: Tensor | None = None,
-    hidden_act: str | None = None,
-) -> Tensor:
-    """``out [T, H]``, by the kernel's docstring."""
+def _token_sums(coefficients: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     (T, K), H = indices.shape, table.shape[1]
     out = table.new_empty(T, H)
     config = tile_config("token_sums", table, indices, H)
-    _token_sums_kernel[(T, triton.cdiv(H, config["BLOCK_H"]))](
-        coefficients, weights, table, indices, out, H, K, hidden_act, **config
-    )
+    _token_sums_kernel[(T, triton.cdiv(H, config["BLOCK_H"]))](coefficients, table, indices, out, H, K, **config)
     return out
 
 
@@ -224,12 +209,10 @@ def _forward_gathered(
     routing_weights: Tensor,
     hidden_act: str,
 ) -> tuple[Tensor, Tensor]:
-    partials = _dots(hidden_states, down_weights, indices)
-    if len(partials) == 1:  # a launch less
-        (pre_activations,) = partials
-        return _token_sums(pre_activations, up_weights, indices, routing_weights, hidden_act), pre_activations
-    pre_activations, coefficients = torch.empty_like(partials[0]), torch.empty_like(partials[0])
+    pre_activations = torch.empty_like(indices, dtype=torch.float32)
+    coefficients = torch.empty_like(pre_activations)
     P = indices.numel()
+    partials = _dots(hidden_states, down_weights, indices)
     _coefficients_fwd_kernel[(triton.cdiv(P, ELEMENTWISE_BLOCK),)](
         partials, routing_weights, pre_activations, coefficients, P, hidden_act, len(partials), ELEMENTWISE_BLOCK
     )
