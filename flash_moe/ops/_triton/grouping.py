@@ -14,7 +14,7 @@ from torch import Tensor
 MAX_SINGLE_TILE = 1024
 # int16 holds one more bit than counts from 0 use, at half of int32's passes of a radix sort.
 INT16_EXPERTS = 2**16
-BLOCK = 1024
+BLOCK, NUM_PROBES = 128, 8
 
 
 class Groups(NamedTuple):
@@ -41,37 +41,60 @@ def _sort_tile_kernel(ids_ptr, keys_ptr, order_ptr, P, IS_WIDE: tl.constexpr, BL
 
 
 @triton.jit
-def _lower_bound(keys_ptr, targets, P, num_steps, BLOCK: tl.constexpr):
-    """For each target the first p with keys[p] >= target, or P."""
-    low = tl.zeros([BLOCK], tl.int32)
-    high = low + P
-    for _ in range(num_steps):
-        middle = low + (high - low) // 2
-        keys = tl.load(keys_ptr + middle, mask=low < high, other=0).to(tl.int32)
-        is_less = (low < high) & (keys < targets)
-        high = tl.where(is_less, high, middle)
-        low = tl.where(is_less, middle + 1, low)
-    return low
+def _lower_bound(keys_ptr, targets, P, stride, NUM_PROBES: tl.constexpr):
+    """For each target the number of keys below it, so the first p with keys[p] >= target, or P.
+
+    NUM_PROBES at a time: what a search costs is its chain of dependent loads. ``stride`` is ``first_stride(P)``.
+    """
+    probe = tl.arange(0, NUM_PROBES)
+    low = targets.to(tl.int64) * 0
+    stride = tl.cast(stride, tl.int64)
+    while stride > 0:
+        last = low[:, None] + stride * (probe[None, :] + 1) - 1
+        keys = tl.load(keys_ptr + last, mask=last < P, other=0).to(tl.int32)
+        is_less = (last < P) & (probe[None, :] < NUM_PROBES - 1) & (keys < targets[:, None])
+        low += stride * tl.sum(is_less.to(tl.int64), 1)
+        stride = stride // NUM_PROBES
+    return low.to(tl.int32)
 
 
 @triton.jit
-def _offsets_kernel(keys_ptr, offsets_ptr, P, G, num_steps, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+def _offsets_kernel(
+    keys_ptr, offsets_ptr, P, G, stride, FIRST: tl.constexpr, BLOCK: tl.constexpr, NUM_PROBES: tl.constexpr
+):
     """offsets[g] = the first p with keys[p] >= g + FIRST: by search, so that no long gap falls to one program."""
     g = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(offsets_ptr + g, _lower_bound(keys_ptr, g + FIRST, P, num_steps, BLOCK), mask=g <= G)
+    tl.store(offsets_ptr + g, _lower_bound(keys_ptr, g + FIRST, P, stride, NUM_PROBES), mask=g <= G)
 
 
 @triton.jit
 def _distinct_kernel(
-    numbers_ptr, keys_ptr, offsets_ptr, ids_ptr, P, G, num_steps, FIRST: tl.constexpr, BLOCK: tl.constexpr
+    numbers_ptr,
+    keys_ptr,
+    offsets_ptr,
+    ids_ptr,
+    P,
+    G,
+    stride,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NUM_PROBES: tl.constexpr,
 ):
     """``_offsets_kernel`` for numbers from 1, and the id of each group; past the last group the ids in turn."""
     g = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(offsets_ptr + g, _lower_bound(numbers_ptr, g + 1, P, num_steps, BLOCK), mask=g <= G)
+    tl.store(offsets_ptr + g, _lower_bound(numbers_ptr, g + 1, P, stride, NUM_PROBES), mask=g <= G)
     num_distinct = tl.load(numbers_ptr + P - 1)
-    pair = _lower_bound(numbers_ptr, g % num_distinct + 1, P, num_steps, BLOCK)
+    pair = _lower_bound(numbers_ptr, g % num_distinct + 1, P, stride, NUM_PROBES)
     keys = tl.load(keys_ptr + pair, mask=g < G, other=0)
     tl.store(ids_ptr + g, keys.to(tl.int64) - FIRST, mask=g < G)
+
+
+def first_stride(num_pairs: int) -> int:
+    """The power of NUM_PROBES at or below ``num_pairs``."""
+    stride = 1
+    while stride * NUM_PROBES <= num_pairs:
+        stride *= NUM_PROBES
+    return stride
 
 
 def sort_pairs(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, int]:
@@ -113,7 +136,7 @@ def group_by_expert(indices: Tensor, num_experts: int) -> Groups:
     keys, order, first = sort_pairs(indices, num_experts)
     P, offsets = indices.numel(), torch.empty(num_experts + 1, dtype=torch.int32, device=indices.device)
     grid = (triton.cdiv(num_experts + 1, BLOCK),)
-    _offsets_kernel[grid](keys, offsets, P, num_experts, P.bit_length(), first, BLOCK)
+    _offsets_kernel[grid](keys, offsets, P, num_experts, first_stride(P), first, BLOCK, NUM_PROBES)
     return Groups(keys, order, offsets, first)
 
 
@@ -133,5 +156,5 @@ def group_by_distinct_expert(indices: Tensor, num_experts: int) -> tuple[Groups,
     ids = torch.empty(G, dtype=torch.int64, device=indices.device)
     if G > 0:
         grid = (triton.cdiv(G + 1, BLOCK),)
-        _distinct_kernel[grid](numbers, keys, offsets, ids, P, G, P.bit_length(), first, BLOCK)
+        _distinct_kernel[grid](numbers, keys, offsets, ids, P, G, first_stride(P), first, BLOCK, NUM_PROBES)
     return Groups(numbers, order, offsets, 1), ids
