@@ -30,8 +30,8 @@ from flash_moe.modules.rank_sums import spans_ranks
 from flash_moe.modules.recomputation import LossOnTheSide, add_once, copy_once
 from flash_moe.modules.router_losses import load_balancing_loss, router_z_loss
 from flash_moe.modules.token_batch_norm import token_batch_norm
+from flash_moe.ops.expert_mlp import expert_mlp
 from flash_moe.ops.flash_expert import flash_expert
-from flash_moe.ops.flash_mlp import flash_mlp
 from flash_moe.ops.flash_router import flash_routing
 
 NORMS = ("batch", "rms", "none")
@@ -187,10 +187,7 @@ class FlashMoE(nn.Module):
             # With their inputs zeroed, whatever they held, padded tokens are zero in every later product and gradient.
             x = x.masked_fill(~token_mask[:, None], 0.0)
         router_logits = self._router_logits(x, token_mask)
-        y = self._routed(x, router_logits, weights["down_embed"], weights["up_embed"], token_mask)
-        if self.config.intermediate_size > 0:
-            projections = (weights["gate_proj"], weights["up_proj"], weights["down_proj"])
-            y = y + flash_mlp(x, *projections, hidden_act=self.config.hidden_act, backend=self.config.backend)
+        y = self._mixture(x, router_logits, weights, token_mask)
         # No view of a tensor that nobody else has: an in-place operation on one would lose FSDP2's backward hook.
         return torch.ops.aten._unsafe_view(y, hidden_states.shape), router_logits
 
@@ -281,22 +278,20 @@ class FlashMoE(nn.Module):
     def _across_ranks(self) -> bool:
         return self.config.router_sync and self.training and spans_ranks()
 
-    def _routed(
-        self, x: Tensor, router_logits: Tensor, down_embed: Tensor, up_embed: Tensor, token_mask: Tensor | None
+    def _mixture(
+        self, x: Tensor, router_logits: Tensor, parameters: dict[str, Tensor], token_mask: Tensor | None
     ) -> Tensor:
         config = self.config
         weights, experts = self._choose(router_logits)
         router_loss = self._account(router_logits, experts, token_mask)
-        y = flash_expert(
-            x,
-            down_embed,
-            up_embed,
-            experts,
-            weights,
-            hidden_act=config.hidden_act,
-            backend=config.backend,
-            sparse_grad=config.sparse_grad,
-        )
+        arguments = (x, parameters["down_embed"], parameters["up_embed"], experts, weights)
+        options: dict[str, Any] = {"backend": config.backend, "sparse_grad": config.sparse_grad}
+        options["hidden_act"] = config.hidden_act
+        if config.intermediate_size == 0:
+            y = flash_expert(*arguments, **options)
+        else:
+            dense_weights = (parameters["gate_proj"], parameters["up_proj"], parameters["down_proj"])
+            y = expert_mlp(*arguments, dense_weights, **options)
         return self._router_loss.keep(router_loss, y)
 
     def _choose(self, router_logits: Tensor) -> tuple[Tensor, Tensor]:

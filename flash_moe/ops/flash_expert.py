@@ -79,21 +79,17 @@ def flash_expert(
         routing_weights=routing_weights,
     )
     chosen = resolve_backend(backend, hidden_states)
-    device_type = hidden_states.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden_states = hidden_states.to(dtype)
-        cast = _SparseGradCast.apply if sparse_grad else Tensor.to
-        down_weights, up_weights = (x if x.dtype == dtype else cast(x, dtype) for x in (down_weights, up_weights))
-        if routing_weights.dtype != dtype:
-            routing_weights = routing_weights.float()
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        hidden_states, down_weights, up_weights, indices, routing_weights = under_autocast(
+            hidden_states, down_weights, up_weights, indices, routing_weights, sparse_grad
+        )
     check_dtype("hidden_states", hidden_states, float_dtypes(backend))
     check_dtype("down_weights", down_weights, (hidden_states.dtype,))
     check_dtype("up_weights", up_weights, (hidden_states.dtype,))
     check_dtype("routing_weights", routing_weights, (hidden_states.dtype, torch.float32))
     check_pairs("indices", T, indices.shape[1])
     if chosen is Backend.REFERENCE:
-        _check_ids(indices, down_weights.shape[0])
+        check_ids(indices, down_weights.shape[0])
         if sparse_grad:
             down_weights, up_weights = (_rows_of_pairs(x, indices) for x in (down_weights, up_weights))
             indices = torch.arange(indices.numel(), device=indices.device).view(indices.shape)
@@ -125,6 +121,23 @@ def triton_flash_expert_func(
     )
 
 
+def under_autocast(
+    hidden_states: Tensor,
+    down_weights: Tensor,
+    up_weights: Tensor,
+    indices: Tensor,
+    routing_weights: Tensor,
+    sparse_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The arguments as the op takes them under autocast: tokens and tables cast, weights in that dtype or float32."""
+    dtype = torch.get_autocast_dtype(hidden_states.device.type)
+    cast = _SparseGradCast.apply if sparse_grad else Tensor.to
+    down_weights, up_weights = (x if x.dtype == dtype else cast(x, dtype) for x in (down_weights, up_weights))
+    if routing_weights.dtype != dtype:
+        routing_weights = routing_weights.float()
+    return hidden_states.to(dtype), down_weights, up_weights, indices, routing_weights
+
+
 def _rows_of_pairs(table: Tensor, indices: Tensor) -> Tensor:
     """``[T * K, H]``: a row for each pair; the table's gradient is sparse, its rows not summed by expert."""
     return F.embedding(indices.flatten(), table, sparse=True)
@@ -143,7 +156,7 @@ class _SparseGradCast(torch.autograd.Function):
         return grad.to(ctx.dtype), None
 
 
-def _check_ids(indices: Tensor, num_experts: int) -> None:
+def check_ids(indices: Tensor, num_experts: int) -> None:
     if not indices.is_cuda or debug_enabled():
         check_ids_in_range("indices", indices, num_experts)
 
@@ -162,7 +175,7 @@ def _forward(
     backend: str,
     sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    _check_ids(indices, down_weights.shape[0])
+    check_ids(indices, down_weights.shape[0])
     return _implementation(backend).expert_forward(
         hidden_states, down_weights, up_weights, indices, routing_weights, hidden_act
     )
@@ -243,13 +256,13 @@ def _backward_formula(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Ten
         arguments = (grad_out, hidden_states, indices, grad_pre_activations, coefficients, E, ctx.backend)
         if ctx.sparse_grad:
             ids, *rows = torch.ops.flash_moe.flash_expert_backward_rows(*arguments)
-            ddown, dup = (_sparse_table(ids, x, E) for x in rows)
+            ddown, dup = (sparse_table(ids, x, E) for x in rows)
         else:
             ddown, dup = torch.ops.flash_moe.flash_expert_backward_tables(*arguments)
     return dx, ddown, dup, None, dweights, None, None, None
 
 
-def _sparse_table(ids: Tensor, rows: Tensor, num_experts: int) -> Tensor:
+def sparse_table(ids: Tensor, rows: Tensor, num_experts: int) -> Tensor:
     # Checking the ids would wait for the device.
     return torch.sparse_coo_tensor(ids[None], rows, (num_experts, rows.shape[1]), check_invariants=False)
 

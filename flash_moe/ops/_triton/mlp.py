@@ -31,8 +31,8 @@ def _gated_bwd_kernel(
     tl.store(dup_ptr + offs, round_for(dup_ptr, dout * activation(gate, HIDDEN_ACT)), mask=mask)
 
 
-def gated_activation_forward(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
-    out = torch.empty_like(gate)
+def gated_activation_forward(gate: Tensor, up: Tensor, hidden_act: str, out: Tensor | None = None) -> Tensor:
+    out = torch.empty_like(gate) if out is None else out
     numel = gate.numel()
     config = launch_config("gated_forward", gate.device, (numel,))
     with torch.cuda.device_of(gate):
@@ -40,8 +40,11 @@ def gated_activation_forward(gate: Tensor, up: Tensor, hidden_act: str) -> Tenso
     return out
 
 
-def gated_activation_backward(grad_out: Tensor, gate: Tensor, up: Tensor, hidden_act: str) -> tuple[Tensor, Tensor]:
-    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+def gated_activation_backward(
+    grad_out: Tensor, gate: Tensor, up: Tensor, hidden_act: str, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """``dgate`` and ``dup``; ``out`` may be in the place of the inputs, each element of which is read first."""
+    dgate, dup = (torch.empty_like(gate), torch.empty_like(up)) if out is None else out
     numel = gate.numel()
     config = launch_config("gated_backward", gate.device, (numel,))
     grid = (triton.cdiv(numel, config["BLOCK"]),)

@@ -1,0 +1,113 @@
+"""The experts and the dense MLP beside them: products by torch, and both branches at the same time on a GPU.
+
+T tokens, H hidden size, I intermediate size, E experts, K experts per token. The MLP is bound by tensor cores and the
+experts by the bandwidth of the L2 cache, so each has what the other leaves idle.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from flash_moe.ops._triton.expert import (
+    expert_backward_rows,
+    expert_backward_tables,
+    expert_backward_tokens,
+    expert_forward,
+)
+from flash_moe.ops._triton.mlp import gated_activation_backward, gated_activation_forward
+
+Experts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Tokens, down and up table, indices and routing weights."""
+Dense = tuple[Tensor, Tensor, Tensor]
+"""``gate_proj``, ``up_proj`` and ``down_proj``."""
+Saved = tuple[Tensor, Tensor, Tensor, Tensor]
+"""The experts' pre-activations ``[T, K]``; gate, up and their gated product, ``[T, I]``."""
+
+
+class SideStream:
+    """Within it, work for a stream beside the current one, which waits for it at ``join``; on a CPU all is in line.
+
+    What the work writes has to be allocated before, and it has to be joined before any of that is freed: then memory
+    stays in the hands of the current stream, and nothing needs to be recorded.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._current = torch.cuda.current_stream(like.device) if like.is_cuda else None
+        if self._current is not None:
+            self._side = _side_stream(like.device.index, self._current.cuda_stream)
+            self._within = torch.cuda.stream(self._side)
+
+    def __enter__(self) -> None:
+        if self._current is not None:
+            self._side.wait_stream(self._current)
+            self._within.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        if self._current is not None:
+            self._within.__exit__(*error)
+
+    def join(self) -> None:
+        if self._current is not None:
+            self._current.wait_stream(self._side)
+
+
+@lru_cache
+def _side_stream(device_index: int, current: int) -> torch.cuda.Stream:
+    """One for each stream, since a capture of one must not catch the work of another."""
+    return torch.cuda.Stream(device_index)
+
+
+def expert_mlp_forward(experts: Experts, dense: Dense, hidden_act: str) -> tuple[Tensor, Saved]:
+    """``out [T, H]`` and what the backward pass needs."""
+    x, (gate_proj, up_proj, down_proj) = experts[0], dense
+    gate, up, activated = (x.new_empty(x.shape[0], gate_proj.shape[0]) for _ in range(3))
+    beside = SideStream(x)
+    with beside:
+        torch.mm(x, gate_proj.t(), out=gate)
+        torch.mm(x, up_proj.t(), out=up)
+        gated_activation_forward(gate, up, hidden_act, out=activated)
+    out, pre_activations = expert_forward(*experts, hidden_act)
+    beside.join()
+    out.addmm_(activated, down_proj.t())
+    return out, (pre_activations, gate, up, activated)
+
+
+def expert_mlp_backward(
+    grad_out: Tensor,
+    experts: Experts,
+    dense: Dense,
+    saved: Saved,
+    hidden_act: str,
+    sparse_grad: bool,
+    wants_tables: bool,
+    wants_dense: bool,
+) -> tuple[Tensor, ...]:
+    """``dx``, ``dweights``, the rows' ids, both tables' and the three dense gradients; what is not wanted is empty.
+
+    Ids are those of ``expert_backward_rows`` with ``sparse_grad``, else empty.
+    """
+    x, down_weights, _, indices, _ = experts
+    gate_proj, up_proj, down_proj = dense
+    pre_activations, gate, up, activated = saved
+    dense_grads = tuple(torch.empty_like(each) if wants_dense else each.new_empty(0) for each in dense)
+    dactivated, dup = torch.empty_like(gate), torch.empty_like(up)
+    dgate = dactivated  # in its place
+    beside = SideStream(x)
+    with beside:
+        torch.mm(grad_out, down_proj, out=dactivated)
+        gated_activation_backward(dactivated, gate, up, hidden_act, out=(dgate, dup))
+        if wants_dense:
+            for out, rows, columns in zip(dense_grads, (dgate, dup, grad_out), (x, x, activated), strict=True):
+                torch.mm(rows.t(), columns, out=out)
+    dx, dweights, ds, coefficients = expert_backward_tokens(grad_out, *experts, pre_activations, hidden_act)
+    ids, tables = indices.new_empty(0, dtype=torch.int64), (x.new_empty(0), x.new_empty(0))
+    pairs = (grad_out, x, indices, ds, coefficients, down_weights.shape[0])
+    if wants_tables and sparse_grad:
+        ids, *tables = expert_backward_rows(*pairs)
+    elif wants_tables:
+        tables = expert_backward_tables(*pairs)
+    beside.join()
+    dx.addmm_(dgate, gate_proj)
+    dx.addmm_(dup, up_proj)
+    return dx, dweights, ids, *tables, *dense_grads
