@@ -25,7 +25,7 @@ from flash_moe.ops._triton.expert_plan import (
     variant_for,
 )
 from flash_moe.ops._triton.expert_sums import expert_sums
-from flash_moe.ops._triton.grouping import group_by_distinct_expert, group_by_expert
+from flash_moe.ops._triton.grouping import Groups, group_by_distinct_expert, group_by_expert
 from flash_moe.ops._triton.launch import tile_config
 from flash_moe.ops._triton.math import activation, activation_grad, round_for
 
@@ -274,6 +274,14 @@ def expert_backward_tokens(
     return dx, dweights, dpre_activations, coefficients
 
 
+def group_for_tables(hidden_states: Tensor, indices: Tensor, num_experts: int) -> Groups | None:
+    """What ``expert_backward_tables`` needs to know of the routing alone; None where tensor cores do without."""
+    if variant_for(BACKWARD_TABLES, hidden_states, indices, num_experts) == DENSE:
+        return None
+    with torch.cuda.device_of(hidden_states):
+        return group_by_expert(indices, num_experts)
+
+
 def expert_backward_tables(
     grad_out: Tensor,
     hidden_states: Tensor,
@@ -281,15 +289,24 @@ def expert_backward_tables(
     dpre_activations: Tensor,
     coefficients: Tensor,
     num_experts: int,
+    groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``ddown [E, H]`` and ``dup [E, H]``; an expert nobody chose gets zeros."""
-    is_dense = variant_for(BACKWARD_TABLES, hidden_states, indices, num_experts) == DENSE
+    """``ddown [E, H]`` and ``dup [E, H]``; an expert nobody chose gets zeros.
+
+    ``groups`` are those of ``group_for_tables``, if they are there already.
+    """
+    groups = groups or group_for_tables(hidden_states, indices, num_experts)
     with torch.cuda.device_of(hidden_states):
-        if is_dense:
+        if groups is None:
             ddown = dense_expert_sums(hidden_states, dpre_activations, indices, num_experts)
             return ddown, dense_expert_sums(grad_out, coefficients, indices, num_experts)
-        groups = group_by_expert(indices, num_experts)
         return expert_sums(grad_out, hidden_states, dpre_activations, coefficients, groups)
+
+
+def group_for_rows(hidden_states: Tensor, indices: Tensor, num_experts: int) -> tuple[Groups, Tensor]:
+    """Groups of the distinct experts and their ids, int64, in min(P, E) rows."""
+    with torch.cuda.device_of(hidden_states):
+        return group_by_distinct_expert(indices, num_experts)
 
 
 def expert_backward_rows(
@@ -299,8 +316,12 @@ def expert_backward_rows(
     dpre_activations: Tensor,
     coefficients: Tensor,
     num_experts: int,
+    grouped: tuple[Groups, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``ids``, int64, and ``ddown``, ``dup`` of each distinct expert, in min(P, E) rows; the rows left are zeros."""
+    """``ids``, int64, and ``ddown``, ``dup`` of each distinct expert, in min(P, E) rows; the rows left are zeros.
+
+    ``grouped`` is what ``group_for_rows`` gives, if it is there already.
+    """
+    groups, ids = grouped or group_for_rows(hidden_states, indices, num_experts)
     with torch.cuda.device_of(hidden_states):
-        groups, ids = group_by_distinct_expert(indices, num_experts)
         return ids, *expert_sums(grad_out, hidden_states, dpre_activations, coefficients, groups)

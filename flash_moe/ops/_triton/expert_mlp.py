@@ -5,6 +5,7 @@ experts by the bandwidth of the L2 cache, so each has what the other leaves idle
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from flash_moe.ops._triton.expert import (
     expert_backward_tables,
     expert_backward_tokens,
     expert_forward,
+    group_for_rows,
+    group_for_tables,
 )
 from flash_moe.ops._triton.mlp import gated_activation_backward, gated_activation_forward
 
@@ -28,28 +31,32 @@ Saved = tuple[Tensor, Tensor, Tensor, Tensor]
 class SideStream:
     """Within it, work for a stream beside the current one, which waits for it at ``join``; on a CPU all is in line.
 
-    What the work writes has to be allocated before, and it has to be joined before any of that is freed: then memory
-    stays in the hands of the current stream, and nothing needs to be recorded.
+    It serves the current stream alone and starts each time behind what that one has been given. So memory of either may
+    be used by the other up to the join, and nothing needs to be recorded.
     """
 
     def __init__(self, like: Tensor) -> None:
         self._current = torch.cuda.current_stream(like.device) if like.is_cuda else None
         if self._current is not None:
             self._side = _side_stream(like.device.index, self._current.cuda_stream)
-            self._within = torch.cuda.stream(self._side)
+            self._side.wait_stream(self._current)
 
     def __enter__(self) -> None:
         if self._current is not None:
-            self._side.wait_stream(self._current)
+            self._within = torch.cuda.stream(self._side)
             self._within.__enter__()
 
     def __exit__(self, *error: object) -> None:
         if self._current is not None:
             self._within.__exit__(*error)
 
-    def join(self) -> None:
+    def mark(self) -> torch.cuda.Event | None:
+        """A point for ``join`` to wait for, in place of all that the stream has been given."""
+        return None if self._current is None else self._side.record_event()
+
+    def join(self, mark: torch.cuda.Event | None = None) -> None:
         if self._current is not None:
-            self._current.wait_stream(self._side)
+            self._current.wait_event(mark or self._side.record_event())
 
 
 @lru_cache
@@ -93,8 +100,13 @@ def expert_mlp_backward(
     dense_grads = tuple(torch.empty_like(each) if wants_dense else each.new_empty(0) for each in dense)
     dactivated, dup = torch.empty_like(gate), torch.empty_like(up)
     dgate = dactivated  # in its place
+    num_experts = len(down_weights)
     beside = SideStream(x)
     with beside:
+        groups: Any = None
+        if wants_tables:  # first: a chain of short launches that leave the GPU nearly idle
+            groups = (group_for_rows if sparse_grad else group_for_tables)(x, indices, num_experts)
+        grouped = beside.mark()
         torch.mm(grad_out, down_proj, out=dactivated)
         gated_activation_backward(dactivated, gate, up, hidden_act, out=(dgate, dup))
         if wants_dense:
@@ -102,7 +114,8 @@ def expert_mlp_backward(
                 torch.mm(rows.t(), columns, out=out)
     dx, dweights, ds, coefficients = expert_backward_tokens(grad_out, *experts, pre_activations, hidden_act)
     ids, tables = indices.new_empty(0, dtype=torch.int64), (x.new_empty(0), x.new_empty(0))
-    pairs = (grad_out, x, indices, ds, coefficients, down_weights.shape[0])
+    beside.join(grouped)
+    pairs = (grad_out, x, indices, ds, coefficients, num_experts, groups)
     if wants_tables and sparse_grad:
         ids, *tables = expert_backward_rows(*pairs)
     elif wants_tables:

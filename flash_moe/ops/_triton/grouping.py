@@ -14,7 +14,7 @@ from torch import Tensor
 MAX_SINGLE_TILE = 1024
 # int16 holds one more bit than counts from 0 use, at half of int32's passes of a radix sort.
 INT16_EXPERTS = 2**16
-BLOCK, NUM_PROBES = 128, 8
+BLOCK, NUM_PROBES = 256, 4
 
 
 class Groups(NamedTuple):
