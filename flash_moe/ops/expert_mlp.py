@@ -76,7 +76,7 @@ def _forward(
 def _forward_fake(
     hidden_states: Tensor, down: Tensor, up: Tensor, indices: Tensor, routing_weights: Tensor, gate_proj: Tensor,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     shape = (hidden_states.shape[0], gate_proj.shape[0])
     return (
         torch.empty_like(hidden_states),
