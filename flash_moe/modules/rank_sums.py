@@ -39,4 +39,5 @@ register_op(
     _sum_over_ranks_fake,
     backward=_backward_formula,
     setup_context=lambda ctx, inputs, output: None,
+    is_collective=True,
 )
