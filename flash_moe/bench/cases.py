@@ -37,7 +37,8 @@ ANCHORS: dict[str, tuple[Sizes, ...]] = {
         (4096, 1024, 1024, 64),
         (4096, 1024, 4096, 128),
     ),
-    "mlp": ((4096, 1024, 4096), (16384, 1024, 1024), (8192, 2048, 8192)),
+    # The last has the active arithmetic of the layer at T 4096: 3 I and 2 K + 2 N rows of H a token.
+    "mlp": ((4096, 1024, 4096), (16384, 1024, 1024), (8192, 2048, 8192), (4096, 1024, 4224)),
     "layer": tuple((4**i, 1024, 4096, 16384, 64) for i in range(9)),
 }
 # For the pictures: T alone, then N or E alone.

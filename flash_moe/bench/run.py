@@ -164,7 +164,8 @@ def _measure(bench: _Bench, case: Case, competitor: Competitor, which: str, inpu
 
 
 def _is_graphed(bench: _Bench, case: Case, competitor: Competitor, which: str, eager_us: Sequence[float]) -> bool:
-    is_short = case.T <= LATENCY_BOUND_TOKENS or percentiles(eager_us)[1] < GRAPH_BELOW_US
+    # A layer's launches are so many that the host may be what is measured at any size.
+    is_short = case.op == "layer" or case.T <= LATENCY_BOUND_TOKENS or percentiles(eager_us)[1] < GRAPH_BELOW_US
     return is_short and which in competitor.captured and isinstance(bench.timer, CudaTimer)
 
 
