@@ -29,8 +29,9 @@ from flash_moe.modules.expert_usage import ExpertUsage, count_experts, summarize
 from flash_moe.modules.rank_sums import spans_ranks
 from flash_moe.modules.recomputation import LossOnTheSide, add_once, copy_once
 from flash_moe.modules.router_losses import load_balancing_loss, router_z_loss
-from flash_moe.modules.token_batch_norm import token_batch_norm
+from flash_moe.modules.token_batch_norm import token_batch_norm, token_batch_norm_gate
 from flash_moe.ops.flash_expert import flash_expert
+from flash_moe.ops.flash_gate import fuses_gate
 from flash_moe.ops.flash_mlp import flash_mlp
 from flash_moe.ops.flash_router import flash_routing
 
@@ -267,8 +268,23 @@ class FlashMoE(nn.Module):
             # Autocast would round the logits to 16 bits, and with them which experts win.
             with torch.autocast(x.device.type, enabled=False):
                 return self._router_logits(x.to(self.router_gate.weight.dtype), token_mask)
-        products = self.router_gate(self._normalize(x, token_mask))
+        if token_mask is None and self._fuses_gate(x):
+            products = token_batch_norm_gate(x, cast(nn.BatchNorm1d, self.router_norm), self.router_gate.weight)
+        else:
+            products = self.router_gate(self._normalize(x, token_mask))
         return products.view(-1, 2, self.num_expert_keys).transpose(0, 1)
+
+    def _fuses_gate(self, x: Tensor) -> bool:
+        """Whether norm and gate are plain ones that nobody watches, and Triton has them in one product."""
+        norm, gate = self.router_norm, self.router_gate
+        return (
+            type(norm) is nn.BatchNorm1d
+            and type(gate) is nn.Linear
+            and norm.training == self.training
+            and not (_is_watched(norm) or _is_watched(gate))
+            and not (torch.compiler.is_compiling() or self._across_ranks())
+            and fuses_gate(x, self.config.backend)
+        )
 
     def _normalize(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
         across_ranks = self._across_ranks()
@@ -358,6 +374,11 @@ def _router_norm(config: FlashMoEConfig) -> nn.Module:
     if config.router_norm == "rms":
         return nn.RMSNorm(config.hidden_size, eps=1e-6, elementwise_affine=False)
     return nn.Identity()
+
+
+def _is_watched(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def _token_mask(attention_mask: Tensor, hidden_states: Tensor) -> Tensor:
