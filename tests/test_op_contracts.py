@@ -73,7 +73,14 @@ def samples(backend, device):
 def test_every_op_has_a_sample(device):
     ours = {name.removeprefix("flash_moe::") for name in torch._C._dispatch_get_all_op_names() if "flash_moe::" in name}
     # What only the layer uses has its opcheck beside tests of its own.
-    elsewhere = {"is_first_forward", "weigh_experts", "sum_over_ranks", "expert_mlp", "expert_mlp_backward"}
+    elsewhere = {
+        "is_first_forward",
+        "weigh_experts",
+        "sum_over_ranks",
+        "expert_mlp",
+        "expert_mlp_backward",
+        "layer_inference",
+    }
     assert ours - elsewhere == samples("torch", device).keys()
 
 

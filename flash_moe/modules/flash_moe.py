@@ -29,10 +29,12 @@ from flash_moe.modules.expert_usage import ExpertUsage, count_experts, summarize
 from flash_moe.modules.rank_sums import spans_ranks
 from flash_moe.modules.recomputation import LossOnTheSide, add_once, copy_once
 from flash_moe.modules.router_losses import load_balancing_loss, router_z_loss
-from flash_moe.modules.token_batch_norm import token_batch_norm
+from flash_moe.modules.token_batch_norm import token_batch_norm, token_batch_norm_gate
 from flash_moe.ops.expert_mlp import expert_mlp
 from flash_moe.ops.flash_expert import flash_expert
+from flash_moe.ops.flash_gate import fuses_gate
 from flash_moe.ops.flash_router import flash_routing
+from flash_moe.ops.layer_inference import layer_inference
 
 NORMS = ("batch", "rms", "none")
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -186,8 +188,11 @@ class FlashMoE(nn.Module):
         if token_mask is not None:
             # With their inputs zeroed, whatever they held, padded tokens are zero in every later product and gradient.
             x = x.masked_fill(~token_mask[:, None], 0.0)
-        router_logits = self._router_logits(x, token_mask)
-        y = self._mixture(x, router_logits, weights, token_mask)
+        if self._is_plain_inference(x, token_mask):
+            y, router_logits = self._infer(x, weights)
+        else:
+            router_logits = self._router_logits(x, token_mask)
+            y = self._mixture(x, router_logits, weights, token_mask)
         # No view of a tensor that nobody else has: an in-place operation on one would lose FSDP2's backward hook.
         return torch.ops.aten._unsafe_view(y, hidden_states.shape), router_logits
 
@@ -264,8 +269,23 @@ class FlashMoE(nn.Module):
             # Autocast would round the logits to 16 bits, and with them which experts win.
             with torch.autocast(x.device.type, enabled=False):
                 return self._router_logits(x.to(self.router_gate.weight.dtype), token_mask)
-        products = self.router_gate(self._normalize(x, token_mask))
+        if token_mask is None and self._fuses_gate(x):
+            products = token_batch_norm_gate(x, cast(nn.BatchNorm1d, self.router_norm), self.router_gate.weight)
+        else:
+            products = self.router_gate(self._normalize(x, token_mask))
         return products.view(-1, 2, self.num_expert_keys).transpose(0, 1)
+
+    def _fuses_gate(self, x: Tensor) -> bool:
+        """Whether norm and gate are plain ones that nobody watches, and Triton has them in one product."""
+        norm, gate = self.router_norm, self.router_gate
+        return (
+            type(norm) is nn.BatchNorm1d
+            and type(gate) is nn.Linear
+            and norm.training == self.training
+            and not (_is_watched(norm) or _is_watched(gate))
+            and not (self.training and (torch.compiler.is_compiling() or self._across_ranks()))
+            and fuses_gate(x, self.config.backend)
+        )
 
     def _normalize(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
         across_ranks = self._across_ranks()
@@ -277,6 +297,32 @@ class FlashMoE(nn.Module):
 
     def _across_ranks(self) -> bool:
         return self.config.router_sync and self.training and spans_ranks()
+
+    def _is_plain_inference(self, x: Tensor, token_mask: Tensor | None) -> bool:
+        """Whether ``layer_inference`` is the whole of this forward."""
+        config = self.config
+        return (
+            not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type))
+            and token_mask is None
+            and config.intermediate_size > 0
+            and config.router_bias_update_rate == 0
+            and self._fuses_gate(x)
+        )
+
+    def _infer(self, x: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        config, norm = self.config, cast(nn.BatchNorm1d, self.router_norm)
+        y, router_logits, experts = layer_inference(
+            x,
+            weights["router_gate"],
+            (cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), norm.eps),
+            weights["down_embed"],
+            weights["up_embed"],
+            (weights["gate_proj"], weights["up_proj"], weights["down_proj"]),
+            config.num_experts_per_tok,
+            norm_topk_prob=config.norm_topk_prob,
+            hidden_act=config.hidden_act,
+        )
+        return self._router_loss.keep(self._account(router_logits, experts, None), y), router_logits
 
     def _mixture(
         self, x: Tensor, router_logits: Tensor, parameters: dict[str, Tensor], token_mask: Tensor | None
@@ -353,6 +399,11 @@ def _router_norm(config: FlashMoEConfig) -> nn.Module:
     if config.router_norm == "rms":
         return nn.RMSNorm(config.hidden_size, eps=1e-6, elementwise_affine=False)
     return nn.Identity()
+
+
+def _is_watched(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def _token_mask(attention_mask: Tensor, hidden_states: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""BatchNorm over the tokens that are not padding, without a device synchronisation; its statistics move once a step."""
+"""BatchNorm over the tokens that are not padding, without a device synchronisation; its statistics move once a step.
+
+Where nothing is padding and Triton runs, it goes into the gate's product that follows.
+"""
 
 from typing import cast
 
@@ -8,6 +11,7 @@ from torch import Tensor, nn
 
 from flash_moe.modules.rank_sums import sum_over_ranks
 from flash_moe.modules.recomputation import add_once, is_recomputing
+from flash_moe.ops.flash_gate import batch_norm_statistics, flash_gate
 
 
 def token_batch_norm(
@@ -30,6 +34,25 @@ def token_batch_norm(
     if token_mask is not None:
         normed = normed * token_mask[:, None].to(wide.dtype)
     return normed.to(x.dtype)
+
+
+def token_batch_norm_gate(x: Tensor, norm: nn.BatchNorm1d, gate_weight: Tensor) -> Tensor:
+    """``linear(norm(x), gate_weight)`` without the normalised tokens in memory, by Triton alone.
+
+    In training it updates the running statistics as ``norm`` does, but not in a recomputed forward.
+    """
+    running_mean, running_var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    if not norm.training:
+        return flash_gate(x, gate_weight, running_mean, running_var, eps=norm.eps)
+    mean, variance = batch_norm_statistics(
+        x,
+        running_mean,
+        running_var,
+        cast(Tensor, norm.num_batches_tracked),
+        momentum=cast(float, norm.momentum),
+        is_update=not is_recomputing(),
+    )
+    return flash_gate(x, gate_weight, mean, variance, eps=norm.eps, is_batch=True)
 
 
 def _native_batch_norm(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:

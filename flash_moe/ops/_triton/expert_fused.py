@@ -22,6 +22,7 @@ def _fused_kernel(
     up_ptr,
     indices_ptr,
     weights_ptr,
+    residual_ptr,
     out_ptr,
     pre_activations_ptr,
     K,
@@ -52,7 +53,10 @@ def _fused_kernel(
         s = tl.sum(products, 1)
         tl.store(pre_activations_ptr + t * K + k, s, mask=(k < K) & (tl.program_id(1) == 0))
         acc += (activation(s, HIDDEN_ACT) * weights)[:, None] * up.to(tl.float32)
-    tl.store(out_ptr + t * H + column, round_for(out_ptr, tl.sum(acc, 0)), mask=column < H)
+    out = tl.sum(acc, 0)
+    if residual_ptr is not None:
+        out += tl.load(residual_ptr + t * H + column, mask=column < H, other=0.0)
+    tl.store(out_ptr + t * H + column, round_for(out_ptr, out), mask=column < H)
 
 
 def fused_forward(
@@ -62,8 +66,9 @@ def fused_forward(
     indices: Tensor,
     routing_weights: Tensor,
     hidden_act: str,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``out [T, H]`` and the pre-activations ``s [T, K]``, float32."""
+    """``out [T, H]``, with a float32 ``residual`` added before it is rounded, and ``s [T, K]``, float32."""
     (T, K), (E, H) = indices.shape, down_weights.shape
     out = torch.empty_like(hidden_states)
     pre_activations = torch.empty_like(indices, dtype=torch.float32)
@@ -77,6 +82,7 @@ def fused_forward(
         up_weights,
         indices,
         routing_weights,
+        residual,
         out,
         pre_activations,
         K,

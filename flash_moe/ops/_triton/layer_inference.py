@@ -1,0 +1,53 @@
+"""The layer without gradients: the dense MLP beside router and experts, which few tokens take in three launches."""
+
+import torch
+from torch import Tensor
+
+from flash_moe.ops._triton.expert import expert_forward
+from flash_moe.ops._triton.expert_fused import fused_forward
+from flash_moe.ops._triton.expert_mlp import Dense, SideStream
+from flash_moe.ops._triton.expert_plan import FORWARD, FUSED, variant_for
+from flash_moe.ops._triton.gate import gate_forward
+from flash_moe.ops._triton.mlp import gated_activation_forward
+from flash_moe.ops._triton.mlp_few import MAX_FEW_TOKENS, few_tokens_mlp
+from flash_moe.ops._triton.router import routing_forward
+
+Gate = tuple[Tensor, Tensor, Tensor, float]
+"""The gate's weight, BatchNorm's running mean and variance, and its eps."""
+
+
+def layer_inference(
+    x: Tensor,
+    gate: Gate,
+    tables: tuple[Tensor, Tensor],
+    dense: Dense,
+    num_experts_per_tok: int,
+    norm_topk_prob: bool,
+    hidden_act: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``y [T, H]``, the gate's product ``[T, 2 * N]`` and ``indices [T, K]``."""
+    is_few = len(x) <= MAX_FEW_TOKENS
+    beside = SideStream(x)
+    with beside:
+        dense_sums = few_tokens_mlp(x, *dense, hidden_act) if is_few else _activated(x, dense, hidden_act)
+    logits = gate_forward(x, *gate)
+    by_half = logits.view(len(x), 2, -1).transpose(0, 1)
+    weights, indices, _ = routing_forward(by_half, num_experts_per_tok, norm_topk_prob)
+    experts = (x, *tables, indices, weights)
+    if is_few and variant_for(FORWARD, x, indices, len(tables[0])) == FUSED:
+        beside.join()
+        out, _ = fused_forward(*experts, hidden_act, residual=dense_sums)
+        return out, logits, indices
+    out, _ = expert_forward(*experts, hidden_act)
+    beside.join()
+    if is_few:
+        out += dense_sums
+    else:
+        out.addmm_(dense_sums, dense[2].t())
+    return out, logits, indices
+
+
+def _activated(x: Tensor, dense: Dense, hidden_act: str) -> Tensor:
+    """What the MLP's last product takes, ``[T, I]``."""
+    gate, up = torch.mm(x, dense[0].t()), torch.mm(x, dense[1].t())
+    return gated_activation_forward(gate, up, hidden_act, out=gate)
