@@ -29,7 +29,7 @@ def test_values(T, H, I, hidden_act, dtype, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("T", [1, 2, 3, 4])
+@pytest.mark.parametrize("T", [1, 2])
 @pytest.mark.parametrize("H, I", [(1024, 4096), (2048, 768), (1000, 3001)])
 def test_realistic_sizes(T, H, I, device):
     assert_accurate(T, H, I, torch.bfloat16, "silu", device)

@@ -109,10 +109,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward_formula(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    num_experts = ctx.saved_tensors[1].shape[0]
+    saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor no second time
+    num_experts = saved[1].shape[0]
     wants_tables, wants_dense = any(ctx.needs_input_grad[1:3]), any(ctx.needs_input_grad[5:8])
     dx, dweights, ids, ddown, dup, *dense = torch.ops.flash_moe.expert_mlp_backward(
-        grad_out.contiguous(), *ctx.saved_tensors, ctx.hidden_act, ctx.sparse_grad, wants_tables, wants_dense
+        grad_out.contiguous(), *saved, ctx.hidden_act, ctx.sparse_grad, wants_tables, wants_dense
     )
     if ctx.sparse_grad and wants_tables:
         ddown, dup = (sparse_table(ids, rows, num_experts) for rows in (ddown, dup))

@@ -11,11 +11,11 @@ from torch import Tensor
 from flash_moe.ops._triton.launch import block_of
 from flash_moe.ops._triton.math import activation, round_for
 
-# The most tokens whose products fit a program's registers; from there on tensor cores cost nothing more.
-MAX_FEW_TOKENS = 4
+# On an H200 4 tokens take 52 us in the layer this way, and 38 through tensor cores.
+MAX_FEW_TOKENS = 2
 # Every program's rows of weights are on their way at once: on an H200 all programs run together.
-GATED = {"BLOCK_N": 4, "BLOCK_H": 512, "UNROLL": 2, "num_warps": 4}
-PLAIN = {"BLOCK_N": 1, "BLOCK_H": 1024, "UNROLL": 4, "num_warps": 4}
+GATED = {"BLOCK_N": 2, "BLOCK_H": 512, "UNROLL": 2, "num_warps": 2}
+PLAIN = {"BLOCK_N": 2, "BLOCK_H": 1024, "UNROLL": 4, "num_warps": 8}
 
 
 @triton.jit
