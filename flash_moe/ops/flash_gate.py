@@ -1,4 +1,4 @@
-"""The router's gate on normalised tokens: BatchNorm and a linear layer as one product, no tokens in between."""
+"""The router's gate on normalised tokens: BatchNorm and a linear layer as one product."""
 
 from importlib import import_module
 from types import ModuleType
@@ -108,9 +108,8 @@ def fuses_gate(hidden_states: Tensor, backend: str) -> bool:
     """Whether ``backend`` is Triton for these tokens, and the two functions above can and should take them."""
     if resolve_backend(backend, hidden_states) is not Backend.TRITON:
         return False
-    return hidden_states.shape[0] > 0 and (
-        hidden_states.dtype != torch.float32 or hidden_states.shape[0] <= MAX_FLOAT32_TOKENS
-    )
+    T = hidden_states.shape[0]
+    return T > 0 and (hidden_states.dtype != torch.float32 or T <= MAX_FLOAT32_TOKENS)
 
 
 def _kernels() -> ModuleType:

@@ -35,7 +35,7 @@ class Tile:
 
 # A program takes 16 columns, in 16 bits one 32-byte sector of each row, and as a rule all tokens: no partial sums to
 # combine, and no counter of arrivals to clear. Where that gives too few programs to keep memory busy, tokens are cut
-# into chunks of at least STATISTICS_MIN_CHUNK.
+# into chunks of at least STATISTICS_MIN_CHUNK. Stages are of 16-bit tokens: 16 KB each, on their way at the same time.
 STATISTICS_BLOCK_H, STATISTICS_BLOCK_T = 16, 512
 STATISTICS_WARPS, STATISTICS_STAGES = 32, 8
 STATISTICS_PROGRAMS, STATISTICS_MIN_CHUNK = 48, 1024
@@ -213,7 +213,7 @@ def _few_fwd_kernel(
     for first_h in range(0, H, BLOCK_H):
         h = first_h + tl.arange(0, BLOCK_H)
         mask = (c < C)[:, None] & (h < H)[None, :]
-        weight = tl.load(weight_ptr + c[:, None] * H + h[None, :], mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + c.to(tl.int64)[:, None] * H + h[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + t * H + h, mask=h < H, other=0.0).to(tl.float32)
         mean, rstd = _load_norm(mean_ptr, variance_ptr, h, H, eps)
         xhat = round_for(x_ptr, (x - mean) * rstd).to(tl.float32)
@@ -423,7 +423,7 @@ def batch_norm_statistics(
             triton.next_power_of_2(num_chunks),
             block_t,
             STATISTICS_BLOCK_H,
-            STATISTICS_STAGES,
+            max(1, STATISTICS_STAGES * 2 // x.element_size()),
             num_warps=max(1, STATISTICS_WARPS * block_t // STATISTICS_BLOCK_T),
         )
     return mean, variance
