@@ -62,7 +62,7 @@ def samples(backend, device):
         "flash_expert": (x, down, up, indices, weights, "silu", backend),
         "flash_expert_quantized": (
             constant, *(torch.randint(-127, 128, (9, 24), device=device, dtype=torch.int8) for _ in range(2)),
-            *torch.rand(2, 9, device=device), indices, weights.detach(), "silu", backend,
+            *torch.rand(2, 9, device=device) / 127, indices, weights.detach(), "silu", backend,
         ),
         "flash_expert_backward_tokens": (
             dout, constant, down.detach(), up.detach(), indices, weights.detach(), s, "silu", backend,
