@@ -60,6 +60,10 @@ def samples(backend, device):
         "flash_routing": (logits, K, False, backend),
         "flash_routing_backward": (dweights, weighed, ids, logits.detach(), log_sums, False, backend),
         "flash_expert": (x, down, up, indices, weights, "silu", backend),
+        "flash_expert_quantized": (
+            constant, *(torch.randint(-127, 128, (9, 24), device=device, dtype=torch.int8) for _ in range(2)),
+            *torch.rand(2, 9, device=device) / 127, indices, weights.detach(), "silu", backend,
+        ),
         "flash_expert_backward_tokens": (
             dout, constant, down.detach(), up.detach(), indices, weights.detach(), s, "silu", backend,
         ),
@@ -96,6 +100,7 @@ def test_every_op_has_a_sample(device):
         "flash_routing",
         "flash_routing_backward",
         "flash_expert",
+        "flash_expert_quantized",
         "flash_expert_backward_tokens",
         "flash_expert_backward_tables",
         "flash_expert_backward_rows",

@@ -26,6 +26,7 @@ from flash_moe._checks import (
 )
 from flash_moe.modules.biased_routing import biased_routing, update_bias
 from flash_moe.modules.expert_usage import ExpertUsage, count_experts, summarize_usage
+from flash_moe.modules.quantization import QuantizedTable, check_for_inference, quantize_tables, table_scales
 from flash_moe.modules.rank_sums import spans_ranks
 from flash_moe.modules.recomputation import LossOnTheSide, add_once, copy_once
 from flash_moe.modules.router_losses import load_balancing_loss, router_z_loss
@@ -38,7 +39,8 @@ from flash_moe.ops.layer_inference import layer_inference
 
 NORMS = ("batch", "rms", "none")
 BACKENDS = ("auto", "triton", "torch", "reference")
-_ROUTED_WEIGHTS = ("router_gate", "down_embed", "up_embed")
+_TABLES = ("down_embed", "up_embed")
+_ROUTED_WEIGHTS = ("router_gate", *_TABLES)
 _DENSE_WEIGHTS = (*_ROUTED_WEIGHTS, "gate_proj", "up_proj", "down_proj")
 
 
@@ -154,6 +156,8 @@ class FlashMoE(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as the class describes, and reset the norm's statistics and the usage counts."""
         config = self.config
+        if isinstance(self.down_embed, QuantizedTable):
+            raise ValueError("down_embed: expected a table to draw anew; got a quantized one; make another layer")
         if config.intermediate_size > 0:
             nn.init.normal_(self.gate_proj.weight, std=config.hidden_size**-0.5)
             nn.init.normal_(self.up_proj.weight, std=config.hidden_size**-0.5)
@@ -179,7 +183,8 @@ class FlashMoE(nn.Module):
         Returns:
             ``y`` like ``hidden_states``, and ``router_logits [2, T, N]``: the gate products, before log-softmax.
         Raises:
-            ValueError: a shape or device disagrees, or one token alone is to be trained through BatchNorm.
+            ValueError: a shape or device disagrees, one token alone is to be trained through BatchNorm, or the tables
+                are quantized and a gradient is asked for.
         """
         weights = self._weights()
         self._check_input(hidden_states, weights)
@@ -207,6 +212,21 @@ class FlashMoE(nn.Module):
 
     def reset_expert_usage(self) -> None:
         self._counts().zero_()
+
+    def quantize_tables(self, dtype: Literal["fp8", "int8"]) -> "FlashMoE":
+        """Put ``down_embed`` and ``up_embed`` into 8 bits with a float32 scale a row, in place; returns the layer.
+
+        "fp8" is float8_e4m3fn, "int8" is symmetric; a row's largest magnitude becomes the format's. The layer is for
+        inference from then on: none of its parameters asks for a gradient, and conversions leave the tables alone.
+        Its state has ``down_embed.scale`` and ``up_embed.scale`` ``[E]`` beside the weights, and loads into a layer
+        that was quantized in the same way.
+
+        Raises:
+            ValueError: ``dtype`` is unknown, the tables are quantized already, or a weight is not finite.
+        """
+        quantize_tables(self, _TABLES, dtype)
+        self.requires_grad_(False)
+        return self
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.config).items())
@@ -245,6 +265,8 @@ class FlashMoE(nn.Module):
                 f"hidden_states: expected shape [..., {H}], 2 or more dimensions; got {tuple(hidden_states.shape)}"
             )
         check_same_device(hidden_states=hidden_states, router_gate=weights["router_gate"])
+        if isinstance(self._modules["down_embed"], QuantizedTable):
+            check_for_inference(self.training, hidden_states)
         dtype, device = hidden_states.dtype, hidden_states.device
         allowed = float_dtypes(self.config.backend)
         if not torch.is_autocast_enabled(device.type):
@@ -256,7 +278,8 @@ class FlashMoE(nn.Module):
         for name, weight in weights.items():
             if weight.device != device or weight.dtype not in allowed:
                 check_same_device(**{"hidden_states": hidden_states, f"{name}.weight": weight})
-                check_dtype(f"{name}.weight", weight, allowed)
+                if not isinstance(self._modules[name], QuantizedTable):
+                    check_dtype(f"{name}.weight", weight, allowed)
         trains_norm = self.training and self.config.router_norm == "batch"
         if trains_norm and hidden_states.numel() == H and not self._across_ranks():
             raise ValueError(
@@ -306,6 +329,7 @@ class FlashMoE(nn.Module):
             and token_mask is None
             and config.intermediate_size > 0
             and config.router_bias_update_rate == 0
+            and not table_scales(self._modules["down_embed"], self._modules["up_embed"])
             and self._fuses_gate(x)
         )
 
@@ -331,13 +355,13 @@ class FlashMoE(nn.Module):
         weights, experts = self._choose(router_logits)
         router_loss = self._account(router_logits, experts, token_mask)
         arguments = (x, parameters["down_embed"], parameters["up_embed"], experts, weights)
-        options: dict[str, Any] = {"backend": config.backend, "sparse_grad": config.sparse_grad}
-        options["hidden_act"] = config.hidden_act
-        if config.intermediate_size == 0:
-            y = flash_expert(*arguments, **options)
-        else:
+        options: dict[str, Any] = table_scales(self._modules["down_embed"], self._modules["up_embed"])
+        options |= {name: getattr(config, name) for name in ("hidden_act", "backend", "sparse_grad")}
+        if config.intermediate_size > 0:
             dense_weights = (parameters["gate_proj"], parameters["up_proj"], parameters["down_proj"])
             y = expert_mlp(*arguments, dense_weights, **options)
+        else:
+            y = flash_expert(*arguments, **options)
         return self._router_loss.keep(router_loss, y)
 
     def _choose(self, router_logits: Tensor) -> tuple[Tensor, Tensor]:

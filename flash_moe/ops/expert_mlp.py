@@ -27,23 +27,26 @@ def expert_mlp(
     hidden_act: str = "silu",
     backend: str = "auto",
     sparse_grad: bool = False,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
 ) -> Tensor:
     """``flash_expert`` plus ``flash_mlp`` of the same tokens ``[T, H]``, for a caller that has checked the arguments.
 
     Through Triton the MLP's last product is added to the experts' sums in float32 before they are rounded, and on a
-    GPU both branches run at the same time; the other backends add the two ops.
+    GPU both branches run at the same time; other backends, and tables of 8 bits, add the two ops.
 
     Args:
-        hidden_states, down_weights, up_weights, indices, routing_weights, hidden_act, backend, sparse_grad: as
-            ``flash_expert`` takes them.
+        hidden_states, down_weights, up_weights, indices, routing_weights, hidden_act, backend, sparse_grad, down_scale,
+            up_scale: as ``flash_expert`` takes them.
         dense_weights: ``gate_proj [I, H]``, ``up_proj [I, H]`` and ``down_proj [H, I]``, as ``flash_mlp`` takes them.
     Returns:
         ``[T, H]`` in ``hidden_states.dtype``, under autocast in its dtype; differentiable in all but ``indices``.
     """
     options: dict[str, Any] = {"hidden_act": hidden_act, "backend": backend}
     experts = (hidden_states, down_weights, up_weights, indices, routing_weights)
-    if resolve_backend(backend, hidden_states) is not Backend.TRITON:
-        routed = flash_expert(*experts, sparse_grad=sparse_grad, **options)
+    if down_scale is not None or resolve_backend(backend, hidden_states) is not Backend.TRITON:
+        only_experts = {"sparse_grad": sparse_grad, "down_scale": down_scale, "up_scale": up_scale}
+        routed = flash_expert(*experts, **(options | only_experts))
         return routed + flash_mlp(hidden_states, *dense_weights, **options)
     if torch.is_autocast_enabled(hidden_states.device.type):
         experts = under_autocast(*experts, sparse_grad)

@@ -20,8 +20,10 @@ from flash_moe._checks import (
     debug_enabled,
     float_dtypes,
 )
-from flash_moe.ops._reference.expert import expert_reference
+from flash_moe.ops._reference.expert import expert_reference, expert_reference_quantized
 from flash_moe.ops._register import register_op
+
+QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.int8)
 
 
 def flash_expert(
@@ -34,12 +36,16 @@ def flash_expert(
     hidden_act: str = "silu",
     backend: str = "auto",
     sparse_grad: bool = False,
+    down_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
 ) -> Tensor:
     """Sum each token's one-neuron experts: out[t] = sum_k w[t,k] * act(x[t] . down[e]) * up[e], e = indices[t,k].
 
+    Tables of 8 bits have a scale for each row, and stand for ``table * scale[:, None]``; they are for inference.
+
     Args:
         hidden_states: ``[T, H]``, float32, float16 or bfloat16.
-        down_weights, up_weights: ``[E, H]``, in the dtype of ``hidden_states``.
+        down_weights, up_weights: ``[E, H]``, in the dtype of ``hidden_states``, or with scales float8_e4m3fn or int8.
         indices: ``[T, K]``, int32 or int64, in ``[0, E)``; an expert may occur more than once in a row. Ids out of
             range raise on the CPU, and on a GPU when ``FLASH_MOE_DEBUG=1``; otherwise they read stray memory there.
         routing_weights: ``[T, K]``, in the dtype of ``hidden_states`` or float32.
@@ -51,14 +57,16 @@ def flash_expert(
             hence not coalesced. For ``torch.optim.SparseAdam`` or SGD. DistributedDataParallel, FSDP2 and
             ``torch.nn.utils.clip_grad_norm_`` do not take such gradients; ``flash_moe.modules.grad_norm`` has a
             ``clip_grad_norm_`` that does. The reference's has T * K rows, those of an expert not summed.
+        down_scale, up_scale: ``[E]``, float32, of tables of 8 bits; both or neither. Then nothing is differentiable.
     Returns:
         ``[T, H]`` in ``hidden_states.dtype``, accumulated in float32. Differentiable in all but ``indices``; gradients
         are summed in a fixed order, the same bits on every run. Beyond inputs and outputs the memory is O(T * K).
         Under autocast the hidden states and both tables are cast to the autocast dtype, as matrix products are; the
         routing weights are taken as they come.
     Raises:
-        ValueError: a shape or device disagrees, ``hidden_act`` or ``backend`` is unknown, an id is out of range, or
-            T * K is 2^31 or more; the message names the argument, what was expected and what came.
+        ValueError: a shape or device disagrees, ``hidden_act`` or ``backend`` is unknown, an id is out of range,
+            T * K is 2^31 or more, a scale is missing, or a gradient is asked for beside tables of 8 bits; the message
+            names the argument, what was expected and what came.
         TypeError: a dtype is not supported.
     Source: PEER, arXiv:2407.04153.
     """
@@ -78,6 +86,9 @@ def flash_expert(
         indices=indices,
         routing_weights=routing_weights,
     )
+    if down_scale is not None or up_scale is not None or down_weights.dtype in QUANTIZED_DTYPES:
+        tables = (down_weights, up_weights, down_scale, up_scale)
+        return _flash_expert_quantized(hidden_states, *tables, indices, routing_weights, hidden_act, backend)
     chosen = resolve_backend(backend, hidden_states)
     if torch.is_autocast_enabled(hidden_states.device.type):
         hidden_states, down_weights, up_weights, indices, routing_weights = under_autocast(
@@ -97,6 +108,61 @@ def flash_expert(
     inputs = (hidden_states, down_weights, up_weights, indices, routing_weights)
     out, _ = torch.ops.flash_moe.flash_expert(*(x.contiguous() for x in inputs), hidden_act, chosen.value, sparse_grad)
     return out
+
+
+def _flash_expert_quantized(
+    hidden_states: Tensor,
+    down_weights: Tensor,
+    up_weights: Tensor,
+    down_scale: Tensor | None,
+    up_scale: Tensor | None,
+    indices: Tensor,
+    routing_weights: Tensor,
+    hidden_act: str,
+    backend: str,
+) -> Tensor:
+    """``flash_expert`` of tables of 8 bits, after the checks of shapes and devices that both kinds share."""
+    down_scale = _check_scale("down_scale", down_scale, down_weights)
+    up_scale = _check_scale("up_scale", up_scale, down_weights)
+    chosen = resolve_backend(backend, hidden_states)
+    check_dtype("down_weights", down_weights, QUANTIZED_DTYPES)
+    check_dtype("up_weights", up_weights, (down_weights.dtype,))
+    device_type = hidden_states.device.type
+    if torch.is_autocast_enabled(device_type):
+        hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
+        if routing_weights.dtype != hidden_states.dtype:
+            routing_weights = routing_weights.float()
+    check_dtype("hidden_states", hidden_states, float_dtypes(backend))
+    check_dtype("routing_weights", routing_weights, (hidden_states.dtype, torch.float32))
+    check_pairs("indices", *indices.shape)
+    tables = (down_weights, up_weights, down_scale, up_scale)
+    inputs = (hidden_states, *tables, indices, routing_weights)
+    _check_no_gradient(*inputs)
+    if chosen is Backend.REFERENCE:
+        check_ids(indices, down_weights.shape[0])
+        return expert_reference_quantized(*inputs, hidden_act)
+    return torch.ops.flash_moe.flash_expert_quantized(*(x.contiguous() for x in inputs), hidden_act, chosen.value)
+
+
+def _check_scale(name: str, scale: Tensor | None, down_weights: Tensor) -> Tensor:
+    if scale is None:
+        raise ValueError(f"{name}: expected a tensor [E], since tables of 8 bits have a scale for each row; got None")
+    check_shape(name, scale, (down_weights.shape[0],), "[E]")
+    check_same_device(down_weights=down_weights, **{name: scale})
+    check_dtype(name, scale, (torch.float32,))
+    return scale
+
+
+def _check_no_gradient(*tensors: Tensor) -> None:
+    if not torch.is_grad_enabled():
+        return
+    names = ("hidden_states", "down_weights", "up_weights", "down_scale", "up_scale", "indices", "routing_weights")
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor.requires_grad:
+            raise ValueError(
+                f"{name}: expected no gradient to be asked for, since tables of 8 bits are for inference; "
+                "got requires_grad=True; call under torch.no_grad(), or detach the tensor"
+            )
 
 
 def triton_flash_expert_func(
@@ -187,6 +253,16 @@ def _forward_fake(
     return torch.empty_like(hidden_states), torch.empty_like(routing_weights, dtype=torch.float32)
 
 
+def _forward_quantized(*arguments: Any) -> Tensor:
+    _, down_weights, _, _, _, indices, *_, backend = arguments
+    check_ids(indices, down_weights.shape[0])
+    return _implementation(backend).expert_forward_quantized(*arguments[:-1])
+
+
+def _forward_quantized_fake(hidden_states: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(hidden_states)
+
+
 def _backward_tokens(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *passed, backend = arguments
     return _implementation(backend).expert_backward_tokens(*passed)
@@ -274,6 +350,12 @@ register_op(
     _forward_fake,
     backward=_backward_formula,
     setup_context=_setup_context,
+)
+register_op(
+    "flash_expert_quantized(Tensor hidden_states, Tensor down_weights, Tensor up_weights, Tensor down_scale, Tensor "
+    "up_scale, Tensor indices, Tensor routing_weights, str hidden_act, str backend) -> Tensor",
+    _forward_quantized,
+    _forward_quantized_fake,
 )
 register_op(
     "flash_expert_backward_tokens(Tensor grad_out, Tensor hidden_states, Tensor down_weights, Tensor "

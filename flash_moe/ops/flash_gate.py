@@ -12,8 +12,9 @@ from flash_moe._backend import Backend, resolve_backend
 from flash_moe._checks import FLOAT_DTYPES, check_dtype, check_same_device, check_shape
 from flash_moe.ops._register import register_op
 
-# A float32 product cannot use tensor cores: from here on cuBLAS's own gains more than a saved pass over the tokens.
-MAX_FLOAT32_TOKENS = 64
+# A float32 product cannot use tensor cores. On an H200 at H 1024, N 128 16 tokens take 10 us, and torch 21; 64 tokens
+# take 101, and torch 23.
+MAX_FLOAT32_TOKENS = 16
 
 
 def batch_norm_statistics(

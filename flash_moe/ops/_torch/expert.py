@@ -55,6 +55,22 @@ def expert_forward(
     return _pair_sums(up_weights, indices, coefficients), pre_activations
 
 
+def expert_forward_quantized(
+    hidden_states: Tensor,
+    down_weights: Tensor,
+    up_weights: Tensor,
+    down_scale: Tensor,
+    up_scale: Tensor,
+    indices: Tensor,
+    routing_weights: Tensor,
+    hidden_act: str,
+) -> Tensor:
+    """``out [T, H]`` in the dtype of ``hidden_states``, of tables of 8 bits with a scale a row ``[E]``."""
+    pre_activations = _pair_dots(hidden_states, down_weights, indices).mul_(down_scale[indices])
+    coefficients = ACTIVATIONS[hidden_act](pre_activations) * routing_weights * up_scale[indices]
+    return _pair_sums(up_weights, indices, coefficients, hidden_states.dtype)
+
+
 def expert_backward_tokens(
     grad_out: Tensor,
     hidden_states: Tensor,
@@ -126,12 +142,12 @@ def _pair_dots(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     return out
 
 
-def _pair_sums(table: Tensor, indices: Tensor, coefficients: Tensor) -> Tensor:
-    """``[T, H]`` in the table's dtype: sum_k coefficients[t,k] * table[indices[t,k]], summed in float32."""
+def _pair_sums(table: Tensor, indices: Tensor, coefficients: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``[T, H]`` in ``dtype``, by default the table's: sum_k coefficients[t,k] * table[indices[t,k]] in float32."""
     # In 16 bits embedding_bag would round the coefficients.
     if table.dtype == torch.float32 and indices.numel() > 0 and indices.shape[1] <= MAX_BAG_EXPERTS:
         return F.embedding_bag(indices, table, mode="sum", per_sample_weights=coefficients)
-    out = table.new_zeros(indices.shape[0], table.shape[1])
+    out = table.new_zeros(indices.shape[0], table.shape[1], dtype=dtype)
     total = coefficients.new_zeros(())
     for t, k, gathered in _gathered_tiles(table, indices):
         part = gathered.mul_(coefficients[t, k, None]).sum(1)

@@ -6,6 +6,7 @@ are in float32 and in a fixed order. Every pass is one of three products, and ea
   token sums    out[t] = sum_k coefficient[t, k] * table[e]  forward: act(s) * w over up; backward: ds over down
   expert sums   grad[e] = sum of coefficient[t, k] * row[t] over the pairs of e (``expert_sums.py``)
 A dot may be split into S column slices of the table, whose partial values ``[S, T, K]`` the next kernel adds.
+Tables of 8 bits have a scale a row, which the kernel between dots and token sums puts to the coefficients.
 Row addresses are 64-bit: E * H and T * H may pass 2^31; P may not.
 """
 
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_moe.ops._triton.expert_dense import compress, dense_dots, dense_expert_sums, dense_token_sums
-from flash_moe.ops._triton.expert_fused import fused_forward
+from flash_moe.ops._triton.expert_fused import fused_forward, fused_forward_quantized
 from flash_moe.ops._triton.expert_plan import (
     BACKWARD_TABLES,
     BACKWARD_TOKENS,
@@ -27,7 +28,7 @@ from flash_moe.ops._triton.expert_plan import (
 from flash_moe.ops._triton.expert_sums import expert_sums
 from flash_moe.ops._triton.grouping import Groups, group_by_distinct_expert, group_by_expert
 from flash_moe.ops._triton.launch import tile_config
-from flash_moe.ops._triton.math import activation, activation_grad, round_for
+from flash_moe.ops._triton.math import activation, activation_grad, round_for, table_float
 
 # The tiles that a warp keeps in flight are in the launch tables. On an H200 at T 4096, H 1024, bf16, K 64, E 16384 the
 # best of up to 60 shapes: dots 7.2, token sums 8.5 TB/s, counted per row used; one row load at a time: 5.9, 8.3.
@@ -69,7 +70,7 @@ def _dots_kernel(
             h = first_h + start + tl.arange(0, BLOCK_H)
             row = tl.load(rows_ptr + t * H + h, mask=h < H, other=0.0).to(tl.float32)
             mask = (k < K)[:, None] & (h < H)[None, :]
-            table = tl.load(table_ptr + ids[:, None] * H + h[None, :], mask=mask, other=0.0).to(tl.float32)
+            table = table_float(tl.load(table_ptr + ids[:, None] * H + h[None, :], mask=mask, other=0.0))
             acc += row[None, :] * table
         partial_row = tl.program_id(1).to(tl.int64) * T + t
         tl.store(partials_ptr + partial_row * K + k, tl.sum(acc, 1), mask=k < K)
@@ -101,6 +102,33 @@ def _coefficients_fwd_kernel(
     s = _sum_slices(partials_ptr, pair, P, mask, NUM_SLICES, BLOCK)
     weights = tl.load(weights_ptr + pair, mask=mask, other=0.0).to(tl.float32)
     tl.store(pre_activations_ptr + pair, s, mask=mask)
+    tl.store(coefficients_ptr + pair, activation(s, HIDDEN_ACT) * weights, mask=mask)
+
+
+@triton.jit
+def _scaled_coefficients_kernel(
+    partials_ptr,
+    weights_ptr,
+    indices_ptr,
+    down_scale_ptr,
+    up_scale_ptr,
+    coefficients_ptr,
+    P,
+    HIDDEN_ACT: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """s = (x . down) * down_scale; coefficient = act(s) * w * up_scale.
+
+    Each scale is loaded once a pair; the token sums would load theirs again for every block of columns.
+    """
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = pair < P
+    ids = tl.load(indices_ptr + pair, mask=mask, other=0)
+    s = _sum_slices(partials_ptr, pair, P, mask, NUM_SLICES, BLOCK)
+    s *= tl.load(down_scale_ptr + ids, mask=mask, other=0.0)
+    weights = tl.load(weights_ptr + pair, mask=mask, other=0.0).to(tl.float32)
+    weights *= tl.load(up_scale_ptr + ids, mask=mask, other=0.0)
     tl.store(coefficients_ptr + pair, activation(s, HIDDEN_ACT) * weights, mask=mask)
 
 
@@ -149,7 +177,7 @@ def _token_sums_kernel(
         ids = tl.load(indices_ptr + t * K + k, mask=k < K, other=0).to(tl.int64)
         coefficients = tl.load(coefficients_ptr + t * K + k, mask=k < K, other=0.0)
         mask = (k < K)[:, None] & (h < H)[None, :]
-        rows = tl.load(table_ptr + ids[:, None] * H + h[None, :], mask=mask, other=0.0).to(tl.float32)
+        rows = table_float(tl.load(table_ptr + ids[:, None] * H + h[None, :], mask=mask, other=0.0))
         acc += coefficients[:, None] * rows
     tl.store(out_ptr + t * H + h, round_for(out_ptr, tl.sum(acc, 0)), mask=h < H)
 
@@ -176,9 +204,10 @@ def _dots(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     return partials
 
 
-def _token_sums(coefficients: Tensor, table: Tensor, indices: Tensor) -> Tensor:
+def _token_sums(coefficients: Tensor, table: Tensor, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``[T, H]`` in ``dtype``, by default the table's."""
     (T, K), H = indices.shape, table.shape[1]
-    out = table.new_empty(T, H)
+    out = table.new_empty(T, H, dtype=dtype)
     config = tile_config("token_sums", table, indices, H)
     _token_sums_kernel[(T, triton.cdiv(H, config["BLOCK_H"]))](coefficients, table, indices, out, H, K, **config)
     return out
@@ -217,6 +246,40 @@ def _forward_gathered(
         partials, routing_weights, pre_activations, coefficients, P, hidden_act, len(partials), ELEMENTWISE_BLOCK
     )
     return _token_sums(coefficients, up_weights, indices), pre_activations
+
+
+def expert_forward_quantized(
+    hidden_states: Tensor,
+    down_weights: Tensor,
+    up_weights: Tensor,
+    down_scale: Tensor,
+    up_scale: Tensor,
+    indices: Tensor,
+    routing_weights: Tensor,
+    hidden_act: str,
+) -> Tensor:
+    """``out [T, H]`` in the dtype of ``hidden_states``, of tables of 8 bits with a scale a row ``[E]``."""
+    tables = (down_weights, up_weights, down_scale, up_scale)
+    # By the bytes of a table's row. The dense products take tables of 16 bits alone: they are never chosen here.
+    variant = variant_for(FORWARD, down_weights, indices, len(down_weights))
+    with torch.cuda.device_of(hidden_states):
+        if variant == FUSED:
+            return fused_forward_quantized(hidden_states, *tables, indices, routing_weights, hidden_act)
+        partials = _dots(hidden_states, down_weights, indices)
+        coefficients, P = torch.empty_like(indices, dtype=torch.float32), indices.numel()
+        _scaled_coefficients_kernel[(triton.cdiv(P, ELEMENTWISE_BLOCK),)](
+            partials,
+            routing_weights,
+            indices,
+            down_scale,
+            up_scale,
+            coefficients,
+            P,
+            hidden_act,
+            len(partials),
+            ELEMENTWISE_BLOCK,
+        )
+        return _token_sums(coefficients, up_weights, indices, hidden_states.dtype)
 
 
 def _forward_dense(

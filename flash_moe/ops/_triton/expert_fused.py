@@ -6,13 +6,15 @@ H / SLICE programs each take them for themselves: a token of 64 experts is 128 K
 about a microsecond; a second launch, or programs that wait for each other, would cost more.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from flash_moe.ops._triton.launch import launch_config
-from flash_moe.ops._triton.math import activation, round_for
+from flash_moe.ops._triton.math import activation, round_for, table_float
 
 
 @triton.jit
@@ -25,6 +27,8 @@ def _fused_kernel(
     residual_ptr,
     out_ptr,
     pre_activations_ptr,
+    down_scale_ptr,
+    up_scale_ptr,
     K,
     H: tl.constexpr,
     HIDDEN_ACT: tl.constexpr,
@@ -33,6 +37,7 @@ def _fused_kernel(
     SLICE: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
+    """Tables of 8 bits have scales, and no pre-activations are kept; for others both scales are None."""
     t = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     acc = tl.zeros([BLOCK_K, SLICE], tl.float32)
@@ -40,6 +45,9 @@ def _fused_kernel(
         k = first_k + tl.arange(0, BLOCK_K)
         ids = tl.load(indices_ptr + t * K + k, mask=k < K, other=0).to(tl.int64)
         weights = tl.load(weights_ptr + t * K + k, mask=k < K, other=0.0).to(tl.float32)
+        if up_scale_ptr is not None:
+            weights *= tl.load(up_scale_ptr + ids, mask=k < K, other=0.0)
+            down_scale = tl.load(down_scale_ptr + ids, mask=k < K, other=0.0)
         # Asked for before the dots, on which only its coefficients wait.
         mask = (k < K)[:, None] if H % SLICE == 0 else (k < K)[:, None] & (column < H)[None, :]
         up = tl.load(up_ptr + ids[:, None] * H + column[None, :], mask=mask, other=0.0)
@@ -48,11 +56,14 @@ def _fused_kernel(
             h = start + tl.arange(0, BLOCK_H)
             x = tl.load(x_ptr + t * H + h, mask=h < H, other=0.0).to(tl.float32)
             within = (k < K)[:, None] if H % BLOCK_H == 0 else (k < K)[:, None] & (h < H)[None, :]
-            down = tl.load(down_ptr + ids[:, None] * H + h[None, :], mask=within, other=0.0).to(tl.float32)
+            down = table_float(tl.load(down_ptr + ids[:, None] * H + h[None, :], mask=within, other=0.0))
             products += x[None, :] * down
         s = tl.sum(products, 1)
-        tl.store(pre_activations_ptr + t * K + k, s, mask=(k < K) & (tl.program_id(1) == 0))
-        acc += (activation(s, HIDDEN_ACT) * weights)[:, None] * up.to(tl.float32)
+        if up_scale_ptr is not None:
+            s *= down_scale
+        else:
+            tl.store(pre_activations_ptr + t * K + k, s, mask=(k < K) & (tl.program_id(1) == 0))
+        acc += (activation(s, HIDDEN_ACT) * weights)[:, None] * table_float(up)
     out = tl.sum(acc, 0)
     if residual_ptr is not None:
         out += tl.load(residual_ptr + t * H + column, mask=column < H, other=0.0)
@@ -69,25 +80,38 @@ def fused_forward(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``out [T, H]``, with a float32 ``residual`` added before it is rounded, and ``s [T, K]``, float32."""
-    (T, K), (E, H) = indices.shape, down_weights.shape
     out = torch.empty_like(hidden_states)
     pre_activations = torch.empty_like(indices, dtype=torch.float32)
-    config = dict(launch_config("fused", hidden_states.device, (T, H, E, K)))
+    inputs = (hidden_states, down_weights, up_weights, indices, routing_weights, residual)
+    tensors = (*inputs, out, pre_activations, None, None)
+    _launch(tensors, len(down_weights), hidden_act)
+    return out, pre_activations
+
+
+def fused_forward_quantized(
+    hidden_states: Tensor,
+    down_weights: Tensor,
+    up_weights: Tensor,
+    down_scale: Tensor,
+    up_scale: Tensor,
+    indices: Tensor,
+    routing_weights: Tensor,
+    hidden_act: str,
+) -> Tensor:
+    """``out [T, H]`` of tables of 8 bits with a scale a row ``[E]``, float32."""
+    out = torch.empty_like(hidden_states)
+    inputs = (hidden_states, down_weights, up_weights, indices, routing_weights, None)
+    tensors = (*inputs, out, None, down_scale, up_scale)
+    _launch(tensors, len(down_weights), hidden_act)
+    return out
+
+
+def _launch(tensors: tuple[Any, ...], num_experts: int, hidden_act: str) -> None:
+    """``tensors``: what the kernel's pointers point to, in its order."""
+    hidden_states, indices = tensors[0], tensors[3]
+    (T, H), K = hidden_states.shape, indices.shape[1]
+    config = dict(launch_config("fused", hidden_states.device, (T, H, num_experts, K)))
     config["BLOCK_K"] = min(config["BLOCK_K"], triton.next_power_of_2(max(1, K)))
     for name in ("BLOCK_H", "SLICE"):
         config[name] = min(config[name], max(16, triton.next_power_of_2(H)))
-    _fused_kernel[(T, triton.cdiv(H, config["SLICE"]))](
-        hidden_states,
-        down_weights,
-        up_weights,
-        indices,
-        routing_weights,
-        residual,
-        out,
-        pre_activations,
-        K,
-        H,
-        hidden_act,
-        **config,
-    )
-    return out, pre_activations
+    _fused_kernel[(T, triton.cdiv(H, config["SLICE"]))](*tensors, K, H, hidden_act, **config)
