@@ -378,7 +378,7 @@ def test_training_is_refused_before_anything_is_written():
     before = {name: x.clone() for name, x in (*layer.named_buffers(), *layer.named_parameters())}
     with pytest.raises(ValueError, match=r"quantized ones, which are for inference: call eval\(\)"):
         layer.train()(make_tokens(5))
-    with pytest.raises(ValueError, match="hidden_states: expected no gradient.*for inference"):
+    with pytest.raises(ValueError, match=r"hidden_states: expected no gradient.*for inference"):
         layer.eval()(make_tokens(5).requires_grad_())
     with pytest.raises(ValueError, match="down_embed: expected a table to draw anew"):
         layer.reset_parameters()
@@ -518,10 +518,10 @@ def test_state_of_another_kind_does_not_load(quantized):
         with pytest.raises(RuntimeError, match=rf"down_embed.weight: expected dtype {DTYPES[quantized]}; got"):
             layer.load_state_dict(plain, strict=strict)
     (other,) = set(DTYPES) - {quantized}
-    with pytest.raises(RuntimeError, match="down_embed.weight: expected dtype"):
+    with pytest.raises(RuntimeError, match=r"down_embed.weight: expected dtype"):
         layer.load_state_dict(make_layer().quantize_tables(other).state_dict())
     assert_same_tables(layer, before)
-    with pytest.raises(RuntimeError, match='Unexpected key.* "down_embed.scale"'):
+    with pytest.raises(RuntimeError, match=r'Unexpected key.* "down_embed.scale"'):
         make_layer().load_state_dict(layer.state_dict())
 
 
