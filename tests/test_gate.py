@@ -285,7 +285,9 @@ def test_layer_equals_the_composed_one(training, device, products):
     composed_layer.router_gate.register_forward_hook(lambda *_: None)  # one who watches sees norm and gate called
     want = step(composed_layer, device)
     assert products == [11]
-    torch.testing.assert_close(actual, want)
+    for x, y in zip(actual, want, strict=True):  # sums of terms as large as the largest element, in another order
+        largest = y.abs().max().item()
+        torch.testing.assert_close(x, y, rtol=0, atol=16 * torch.finfo(torch.float32).eps * largest)
     assert actual[0].stride() == want[0].stride()
     assert fused_layer.router_norm.num_batches_tracked == int(training)
 
