@@ -171,7 +171,7 @@ def _fused_us(sizes: Sizes, itemsize: int, machine: Machine) -> float:
     T, H, E, K = sizes
     if T * FUSED_PROGRAMS_A_TOKEN <= machine.multiprocessors:
         return START_US + K * (H + H / FUSED_PROGRAMS_A_TOKEN) * itemsize / FUSED_BYTES_PER_US
-    if T < FUSED_MIN_TOKENS:
+    if T < FUSED_MIN_TOKENS or itemsize == 1:  # bytes are converted in registers, of which the kernel has none left
         return inf
     rate = FUSED_RATE
     if 2 * E * H * itemsize > machine.l2_nbytes:  # both tables at once
