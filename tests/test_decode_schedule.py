@@ -98,27 +98,32 @@ def test_the_nth_live_task_by_arithmetic(shared, lead):
 
 
 def test_costs_count_the_bytes_of_the_layer():
-    """One token: eight experts' weights, 75.5 MB, and the router's; the rest is small."""
+    """One token: eight experts' weights, 75.5 MB, and the router's; none twice, and the rest is small."""
     schedule = build_schedule(QWEN3, tile_sizes(QWEN3, 132), 132)
     by_kind = dict.fromkeys(Kind, 0)
     for index, task in enumerate(schedule.tasks):
         by_kind[task.kind] += schedule.cost(index).nbytes
     experts, router = 8 * 3 * 2048 * 768 * 2, 128 * 2048 * 2
-    assert experts < by_kind[Kind.GATE_UP] + by_kind[Kind.DOWN] < 1.05 * experts
-    assert router < by_kind[Kind.ROUTE] < 2.1 * router  # each program reads the token again
-    assert by_kind[Kind.SELECT] + by_kind[Kind.COMBINE] < 0.01 * experts
+    assert by_kind == {
+        Kind.GATE_UP: experts * 2 // 3,
+        Kind.DOWN: experts // 3,
+        Kind.ROUTE: router,
+        Kind.SELECT: 0,
+        Kind.COMBINE: 0,
+    }
+    assert sum(schedule.cost(index).cached_nbytes for index in range(len(schedule.tasks))) < 0.1 * experts
     half = build_schedule(replace(QWEN3, weight_itemsize=1), tile_sizes(QWEN3, 132), 132)
     index = next(i for i, task in enumerate(half.tasks) if task.kind is Kind.GATE_UP)
-    assert half.cost(index).nbytes < 0.52 * schedule.cost(index).nbytes
-    assert half.cost(index).flops == schedule.cost(index).flops
+    width, half_width = schedule.tasks[index].width, half.tasks[index].width
+    assert half.cost(index).nbytes * 2 * width == schedule.cost(index).nbytes * half_width
 
 
 def test_time_is_that_of_the_scarcer_of_bytes_and_operations():
     schedule = build_schedule(QWEN3, Tiles(), 100)
     index = next(i for i, task in enumerate(schedule.tasks) if task.kind is Kind.DOWN)
-    rates = Rates(bytes_per_second=1e12, flops_per_second=1e13, task_ns=500)
+    rates = Rates(bytes_per_second=1e12, cached_bytes_per_second=4e12, flops_per_second=1e13, task_ns=500)
     few, many = schedule.cost(index, tokens=1), schedule.cost(index, tokens=10**5)
-    assert few.time_ns(rates, 100) == 500 + round(few.nbytes / 1e12 * 100 * 1e9)
+    assert few.time_ns(rates, 100) == 500 + round((few.nbytes / 1e12 + few.cached_nbytes / 4e12) * 100 * 1e9)
     assert many.time_ns(rates, 100) == 500 + round(many.flops / 1e13 * 100 * 1e9)
 
 
@@ -129,8 +134,7 @@ def test_tile_sizes_give_every_program_work(T, H, I, E, K):
     tiles = tile_sizes(sizes, 132)
     schedule = build_schedule(sizes, tiles, 132)
     if H > 1:
-        assert schedule.gate_up_tiles * sizes.num_slots >= 132
-        assert schedule.down_tiles * sizes.num_slots >= 132
+        assert min(schedule.gate_up_tiles, schedule.down_tiles) * sizes.expected_hits > 0.9 * 132
     assert {task.kind for task in schedule.tasks} == set(Kind)
 
 
@@ -244,7 +248,8 @@ def test_shares_are_even_whatever_is_hit(hits):
     rates = Rates()
     times = [schedule.cost(i).time_ns(rates, 132) if task.slot >= 0 else 0 for i, task in enumerate(schedule.tasks)]
     loads = [sum(times[i] for i in mine if schedule.tasks[i].slot < hits) for mine in deal(schedule, rates)]
-    assert max(loads) - min(loads) <= max(times)
+    largest = {kind: max(times[i] for i, task in enumerate(schedule.tasks) if task.kind is kind) for kind in Kind}
+    assert max(loads) - min(loads) <= largest[Kind.GATE_UP] + largest[Kind.DOWN]
 
 
 def test_one_scheduler_is_the_bottleneck_of_many_small_tasks():

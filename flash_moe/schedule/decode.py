@@ -37,6 +37,8 @@ NO_SLOT = -2
 ROUTED, SELECTED, FINISHED, FIRST_SLOT = range(4)
 NO_COUNTER = -1
 
+MAX_PROGRAMS = 2**20
+
 # The fields of the serialized header, in order; those that end in _at are positions in the whole array.
 HEADER = (
     "num_tasks", "num_counters", "num_slots", "num_head", "num_tail", "gate_up_tiles", "down_tiles", "lead",
@@ -83,9 +85,14 @@ class Sizes:
         return min(self.E, self.T * self.K)
 
     @property
-    def tokens_per_slot(self) -> int:
-        """Were all slots hit equally."""
-        return -(-self.T * self.K // max(1, self.num_slots))
+    def expected_hits(self) -> int:
+        """Distinct experts hit, were each token's choice uniform."""
+        return max(1, round(self.E * (1 - (1 - self.K / self.E) ** self.T)))
+
+    @property
+    def expected_tokens(self) -> int:
+        """Of an expert that is hit."""
+        return max(1, round(self.T * self.K / self.expected_hits))
 
 
 @dataclass(frozen=True)
@@ -110,10 +117,11 @@ class Tiles:
 class Rates:
     """What a GPU is taken to do in logical time. Round figures for an H200, to be replaced by measured ones.
 
-    Each program has an equal share of the two rates, whatever the others do: crude, but the same on every run.
+    Each program has an equal share of every rate, whatever the others do: crude, but the same on every run.
     """
 
     bytes_per_second: float = 4.27e12
+    cached_bytes_per_second: float = 8e12
     flops_per_second: float = 5e14
     task_ns: int = 600
     """From a task's first load to its result when it moves next to nothing."""
@@ -128,13 +136,15 @@ class Rates:
 @dataclass(frozen=True)
 class Cost:
     nbytes: int
-    """Moved to and from memory, each array once."""
+    """Of weights, which come from memory."""
+    cached_nbytes: int
+    """Of all else, which is small enough to stay in the L2 cache."""
     flops: int
 
     def time_ns(self, rates: Rates, num_programs: int) -> int:
         """In one of ``num_programs`` programs."""
-        seconds = max(self.nbytes / rates.bytes_per_second, self.flops / rates.flops_per_second) * num_programs
-        return rates.task_ns + round(seconds * 1e9)
+        loads = self.nbytes / rates.bytes_per_second + self.cached_nbytes / rates.cached_bytes_per_second
+        return rates.task_ns + round(max(loads, self.flops / rates.flops_per_second) * num_programs * 1e9)
 
 
 @dataclass(frozen=True)
@@ -187,9 +197,9 @@ class Route(Task):
     kind = Kind.ROUTE
 
     def cost(self, sizes: Sizes, tokens: int) -> Cost:
-        T, H = sizes.T, sizes.H
-        nbytes = self.width * (H + T) * sizes.router_itemsize + T * H * sizes.itemsize
-        return Cost(nbytes, 2 * T * H * self.width)
+        T, H, weights = sizes.T, sizes.H, self.width * sizes.H * sizes.router_itemsize
+        cached = T * H * sizes.itemsize + T * self.width * sizes.router_itemsize
+        return Cost(weights, cached, 2 * T * H * self.width)
 
 
 class Select(Task):
@@ -199,7 +209,7 @@ class Select(Task):
 
     def cost(self, sizes: Sizes, tokens: int) -> Cost:
         rows = self.end_token - self.first_token
-        return Cost(rows * (sizes.E * sizes.router_itemsize + sizes.K * 8), rows * sizes.E * sizes.K)
+        return Cost(0, rows * (sizes.E * sizes.router_itemsize + sizes.K * 8), rows * sizes.E * sizes.K)
 
 
 class GateUp(Task):
@@ -210,7 +220,7 @@ class GateUp(Task):
     def cost(self, sizes: Sizes, tokens: int) -> Cost:
         H, rows = sizes.H, 2 * self.width
         weights = rows * H * (sizes.itemsize if self.slot == SHARED else sizes.weight_itemsize)
-        return Cost(weights + tokens * (H + self.width) * sizes.itemsize, 2 * tokens * rows * H)
+        return Cost(weights, tokens * (H + self.width) * sizes.itemsize, 2 * tokens * rows * H)
 
 
 class Down(Task):
@@ -222,7 +232,7 @@ class Down(Task):
         shared = self.slot == SHARED
         I = sizes.shared_intermediate_size if shared else sizes.I
         weights = self.width * I * (sizes.itemsize if shared else sizes.weight_itemsize)
-        return Cost(weights + tokens * (I * sizes.itemsize + self.width * 4), 2 * tokens * self.width * I)
+        return Cost(weights, tokens * (I * sizes.itemsize + self.width * 4), 2 * tokens * self.width * I)
 
 
 class Combine(Task):
@@ -233,7 +243,7 @@ class Combine(Task):
     def cost(self, sizes: Sizes, tokens: int) -> Cost:
         elements = (self.end_token - self.first_token) * self.width
         terms = sizes.K + (sizes.shared_intermediate_size > 0)
-        return Cost(elements * (4 * terms + sizes.itemsize), 2 * elements * terms)
+        return Cost(0, elements * (4 * terms + sizes.itemsize), 2 * elements * terms)
 
 
 @dataclass(frozen=True)
@@ -309,11 +319,11 @@ class Schedule:
         return "gate-up tiles of the shared expert" if slot == self.sizes.num_slots else f"gate-up tiles of slot {slot}"
 
     def cost(self, index: int, tokens: int | None = None) -> Cost:
-        """Of a task, for ``tokens`` tokens in its slot; by default as if all slots were hit equally."""
+        """Of a task, for ``tokens`` tokens in its slot; by default as many as are expected."""
         task = self.tasks[index]
         if task.slot == SHARED:
             tokens = self.sizes.T
-        return task.cost(self.sizes, self.sizes.tokens_per_slot if tokens is None else tokens)
+        return task.cost(self.sizes, self.sizes.expected_tokens if tokens is None else tokens)
 
     def serialize(self, dealt: Sequence[Sequence[int]] = ()) -> list[int]:
         """Everything a kernel needs, as int32: the header (``HEADER``), then the arrays that it points to.
@@ -345,7 +355,7 @@ class Schedule:
 
 def build_schedule(sizes: Sizes, tiles: Tiles, num_programs: int) -> Schedule:
     """The schedule of a call; the same for every policy and whatever the tokens will be."""
-    check_int("num_programs", num_programs, 1, 2**20)
+    check_int("num_programs", num_programs, 1, MAX_PROGRAMS)
     if sizes.T == 0:
         return Schedule(sizes, tiles, num_programs, (), 0, 0, FIRST_SLOT, 0, 0)
     maker = _Maker(sizes, tiles)
@@ -413,23 +423,31 @@ class _Maker:
         return FIRST_SLOT + (self.sizes.num_slots if slot == SHARED else slot)
 
 
-def tile_sizes(sizes: Sizes, num_programs: int) -> Tiles:
-    """Tiles that give every program several tasks of each product, so that it can be dealt an even share."""
-    slots = max(1, sizes.num_slots)
+def tile_sizes(sizes: Sizes, num_programs: int, rates: Rates | None = None) -> Tiles:
+    """The tiles that take the least logical time for the expected number of experts hit."""
+    check_int("num_programs", num_programs, 1, MAX_PROGRAMS)
+    gate_up_columns = _best_width(GateUp, sizes.I, sizes, num_programs, rates or Rates())
+    down_columns = _best_width(Down, sizes.H, sizes, num_programs, rates or Rates())
+    waves_ahead = 2
     return Tiles(
         route_experts=-(-sizes.E // num_programs),
         select_tokens=max(1, -(-sizes.T // num_programs)),
-        gate_up_columns=_tile(sizes.I, slots, num_programs),
-        down_columns=_tile(sizes.H, slots, num_programs),
+        gate_up_columns=gate_up_columns,
+        down_columns=down_columns,
         combine_columns=max(64, -(-sizes.H // num_programs)),
-        lead=max(1, -(-2 * num_programs * _tile(sizes.I, slots, num_programs) // sizes.I)),
+        lead=-(-waves_ahead * num_programs // -(-sizes.I // gate_up_columns)),
     )
 
 
-def _tile(size: int, slots: int, num_programs: int, at_least: int = 2) -> int:
-    """The largest power of two from 8 to 128 of which ``size`` gives each program ``at_least`` tasks, else 8."""
-    widths = (128, 64, 32, 16)
-    return next((width for width in widths if slots * -(-size // width) >= at_least * num_programs), 8)
+def _best_width(make: type[Task], size: int, sizes: Sizes, num_programs: int, rates: Rates) -> int:
+    """Of powers of two: the programs run all tiles in waves, each as long as one tile takes."""
+
+    def time_ns(width: int) -> int:
+        tile = make(0, min(width, size), Need(), FINISHED, slot=0).cost(sizes, sizes.expected_tokens)
+        waves = -(-sizes.expected_hits * -(-size // width) // num_programs)
+        return waves * tile.time_ns(rates, num_programs)
+
+    return min((128, 64, 32, 16, 8), key=time_ns)
 
 
 def _cut(size: int, width: int) -> list[tuple[int, int]]:

@@ -31,6 +31,8 @@ class Run:
 class Add:
     word: Word
     value: int = 1
+    is_early: bool = False
+    """The program goes on, and does not look at the answer before its next task is done."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ class Machine:
             self._at(self.now + action.ns, self._resume, number, 0)
         else:
             old, time = self._add(action.word, action.value if isinstance(action, Add) else 1)
-            self._at(time if isinstance(action, Add) else self.now, self._resume, number, old)
+            asks = isinstance(action, Add) and not action.is_early
+            self._at(time if asks else self.now, self._resume, number, old)
 
     def _start(self, number: int, index: int) -> None:
         task = self.schedule.tasks[index]

@@ -1,20 +1,22 @@
 """Three ways to hand the tasks of a schedule to programs, each written as the loop that a program runs.
 
 static   tasks are dealt ahead, evenly for any number of slots hit; a program waits only for what its next task needs.
-queue    a program takes the next task from one counter, and waits there until that task may start.
+queue    a program takes the next task from one counter, and waits there until that task may start. It asks for the
+         one after that before it begins, so that the answer is there when it is done.
 actor    workers take a task when their doorbell rings. A finished task that was the last of its kind's fan-in pushes
-         the tasks it released onto a list of ready ones; schedulers hand those, in turn, to whoever has been free for
-         the longest. Nothing that is handed out ever waits.
+         the tasks it released onto a list of ready ones; each of n schedulers hands every n-th of those to whichever
+         of its workers has been free for the longest. Nothing that is handed out ever waits.
 
 A task's result does not depend on who runs it or when, so all give the same bits.
 """
 
+import itertools
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from heapq import heapify, heapreplace
 
-from flash_moe.schedule.decode import FINISHED, NO_COUNTER, SELECTED, Rates, Schedule
+from flash_moe.schedule.decode import FINISHED, NO_COUNTER, SELECTED, Kind, Rates, Schedule
 from flash_moe.schedule.machine import Add, Busy, Machine, Program, Run, ScheduleError, Signal, Slots, Wait
 from flash_moe.schedule.trace import Trace
 
@@ -63,22 +65,24 @@ POLICIES: dict[str, Callable[[Machine], None]] = {"static": run_static, "queue":
 
 
 def deal(schedule: Schedule, rates: Rates) -> list[list[int]]:
-    """For each program its tasks, in the order of the table: always to the program with the least to do so far.
+    """For each program its tasks, in the order of the table.
 
-    The head, each slot and the tail are dealt one after another, both products of a slot together, so that the shares
-    are even whichever number of slots is hit. Between head, steps and tail everyone waits for everyone, so the count
-    of what a program has to do starts anew.
+    Every kind is dealt evenly for itself, slot by slot, since programs wait for one another between kinds and since
+    any number of slots may be hit: a task goes to the program with the least of its kind so far. Where that leaves a
+    choice, the last of one kind's tiles make up for the last of another's.
     """
     dealt: list[list[int]] = [[] for _ in range(schedule.num_programs)]
-    for section in range(3):
-        loads = [(0, program) for program in range(schedule.num_programs)]
-        heapify(loads)
-        indices = [i for i in range(len(schedule.tasks)) if schedule.section_of(i) == section]
-        for index in sorted(indices, key=lambda i: (schedule.tasks[i].slot if section == 1 else 0, i)):
-            load, program = loads[0]
-            dealt[program].append(index)
-            time = schedule.cost(index).time_ns(rates, schedule.num_programs)
-            heapreplace(loads, (load + time, program))
+    in_all = [0] * schedule.num_programs
+    for kind in Kind:
+        lightest = [(0, in_all[program], program) for program in range(schedule.num_programs)]
+        heapify(lightest)
+        for index, task in enumerate(schedule.tasks):
+            if task.kind is kind:
+                load, total, program = lightest[0]
+                time = schedule.cost(index).time_ns(rates, schedule.num_programs)
+                dealt[program].append(index)
+                in_all[program] = total + time
+                heapreplace(lightest, (load + time, total + time, program))
     return [sorted(mine) for mine in dealt]
 
 
@@ -109,13 +113,17 @@ def _static_program(machine: Machine, mine: list[int]) -> Program:
 
 def _queue_program(machine: Machine) -> Program:
     schedule = machine.schedule
-    while (n := (yield Add("queue"))) < schedule.num_head:
+    n = yield Add("queue")
+    while n < schedule.num_head:
+        following = yield Add("queue", is_early=True)
         yield from _perform(machine, n)
+        n = following
     yield from _wait_for_slots(machine)
     hits = machine.slots.hits
     while n < schedule.num_live(hits):
+        following = yield Add("queue", is_early=True)
         yield from _perform(machine, schedule.nth_live(n, hits))
-        n = yield Add("queue")
+        n = following
 
 
 class _Desk:
@@ -164,8 +172,7 @@ def _scheduler(desk: _Desk, number: int, workers: range) -> Program:
     mine = [worker for worker in workers if worker % desk.num_schedulers == number]
     free = deque(mine)
     heard = 0
-    while True:
-        ticket = yield Add("ticket")
+    for ticket in itertools.count(number, desk.num_schedulers):
         yield Wait("ready", ticket + 1)
         index = desk.ready[ticket]
         while index is not None and not free:
