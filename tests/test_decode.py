@@ -274,8 +274,9 @@ def test_contiguity_does_not_matter(device):
         gate_up_proj=layer.gate_up_proj.transpose(1, 2).contiguous().transpose(1, 2),
         router_weight=layer.router_weight.repeat_interleave(2, dim=1)[:, ::2],
     )
-    for policy in ("static", "actor"):
-        torch.testing.assert_close(run(x.t().contiguous().t(), strided, policy=policy), run(x, layer))
+    torch.testing.assert_close(run(x.t().contiguous().t(), strided), run(x, layer))
+    if device.type == "cpu":
+        torch.testing.assert_close(run(x.t().contiguous().t(), strided, trace=Trace()), run(x, layer))
 
 
 def test_auto_is_torch(device):

@@ -30,9 +30,9 @@ GATHERED_SHARE = 3
 
 def decode_forward(hidden_states: Tensor, layer: MoELayer, policy: str) -> tuple[Tensor, Tensor]:
     """``out [T, H]`` and the router's logits ``[T, E]``."""
-    if hidden_states.is_cuda:
-        return decode_on_device(hidden_states, layer)
-    return decode_interpreted(hidden_states, layer, policy, Trace())
+    if hidden_states.device.type == "cpu":
+        return decode_interpreted(hidden_states, layer, policy, Trace())
+    return decode_on_device(hidden_states, layer)
 
 
 def decode_interpreted(
