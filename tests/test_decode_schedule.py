@@ -11,24 +11,10 @@ from hypothesis import strategies as st
 from flash_moe import flash_decode
 from flash_moe._moe_layer import Routing
 from flash_moe.ops._torch.decode import Interpreter, sizes_of
-from flash_moe.schedule.decode import (
-    HEADER,
-    NO_COUNTER,
-    SELECTED,
-    SHARED,
-    TASK_WORDS,
-    Combine,
-    Down,
-    GateUp,
-    Kind,
-    Rates,
-    Sizes,
-    Tiles,
-    build_schedule,
-    tile_sizes,
-)
+from flash_moe.schedule.decode import HEADER, SELECTED, build_schedule, tile_sizes
 from flash_moe.schedule.machine import Add, Machine, Run, ScheduleError, Signal, Slots, Wait
 from flash_moe.schedule.policies import POLICIES, deal, run_actor, run_policy
+from flash_moe.schedule.tasks import NO_COUNTER, SHARED, TASK_WORDS, Combine, Down, GateUp, Kind, Rates, Sizes, Tiles
 from flash_moe.schedule.trace import Trace
 from flash_moe.testing import decode_arguments, make_decode_inputs
 

@@ -12,8 +12,8 @@ from flash_moe import cli, flash_decode
 from flash_moe._moe_layer import Routing
 from flash_moe.bench import tracing
 from flash_moe.bench.timeline import COLORS, draw_timeline
-from flash_moe.schedule.decode import Kind, Sizes
 from flash_moe.schedule.policies import POLICIES
+from flash_moe.schedule.tasks import Kind, Sizes
 from flash_moe.schedule.trace import TaskSpan, Trace, WaitSpan
 from flash_moe.testing import decode_arguments, make_decode_inputs
 

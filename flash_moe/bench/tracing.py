@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flash_moe.schedule.decode import Schedule, Sizes, build_schedule, tile_sizes
+from flash_moe.schedule.decode import Schedule, build_schedule, tile_sizes
 from flash_moe.schedule.machine import Slots
 from flash_moe.schedule.policies import AUTO, POLICIES, run_policy
+from flash_moe.schedule.tasks import Sizes
 from flash_moe.schedule.trace import Trace
 
 # H, I, E, K and the intermediate size of the shared expert, from each model's published configuration.

@@ -14,7 +14,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from flash_moe.schedule.decode import NO_COUNTER, Kind, Rates, Schedule
+from flash_moe.schedule.decode import Schedule
+from flash_moe.schedule.tasks import NO_COUNTER, Kind, Rates
 from flash_moe.schedule.trace import TaskSpan, Trace, WaitSpan
 
 # A counter of the schedule, or a word that a policy has named.

@@ -16,8 +16,9 @@ from collections import deque
 from collections.abc import Callable
 from heapq import heapify, heapreplace
 
-from flash_moe.schedule.decode import FINISHED, NO_COUNTER, SELECTED, Kind, Rates, Schedule
+from flash_moe.schedule.decode import FINISHED, SELECTED, Schedule
 from flash_moe.schedule.machine import Add, Busy, Machine, Program, Run, ScheduleError, Signal, Slots, Wait
+from flash_moe.schedule.tasks import NO_COUNTER, Kind, Rates
 from flash_moe.schedule.trace import Trace
 
 # What "auto" is until rows say otherwise.

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from flash_moe._activations import ACTIVATIONS
 from flash_moe._moe_layer import SCALE_BLOCK, TINY, MoELayer, Routing
-from flash_moe.schedule.decode import SHARED, Kind, Schedule, Sizes, Tiles, build_schedule
+from flash_moe.schedule.decode import Schedule, build_schedule
 from flash_moe.schedule.machine import Slots
 from flash_moe.schedule.policies import run_policy
+from flash_moe.schedule.tasks import SHARED, Kind, Sizes, Tiles
 from flash_moe.schedule.trace import Trace
 
 # The interpreter's grid, and tiles that are few, since each costs a few PyTorch calls, but several a slot.
