@@ -62,7 +62,7 @@ def check_coefficient(name: str, value: object) -> None:
     """``value`` must be a finite number, 0 or more."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number; got {type(value).__name__} {value!r}")
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value < math.inf:  # which a NaN fails, and torch.compile can trace
         raise ValueError(f"{name}: expected a finite number, 0 or more; got {value!r}")
 
 

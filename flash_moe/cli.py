@@ -1,4 +1,4 @@
-"""The command line: ``flash-moe train | generate | bench | plot | tune | env``, or ``python -m flash_moe``."""
+"""The command line: ``flash-moe train | generate | bench | plot | tune | trace | env``, or ``python -m flash_moe``."""
 
 import os
 import sys
@@ -35,16 +35,17 @@ def _run() -> None:
     import typer
 
     from flash_moe.bench.commands import bench, plot, tune
+    from flash_moe.bench.tracing import trace
     from flash_moe.training.commands import generate, train
 
     app = typer.Typer(
         help="Train a small FlashMoE language model, generate text with it, measure and tune the ops, "
-        "describe this machine.",
+        "trace a decode call, describe this machine.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (train, generate, bench, plot, tune, env):
+    for command in (train, generate, bench, plot, tune, trace, env):
         app.command()(command)
     app(prog_name="flash-moe")
 

@@ -12,6 +12,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from flash_moe._moe_layer import SCALE_BLOCK, MoELayer, Routing, SharedExpert
+
 # Router logits are multiples of 2^-16 below 2^6, so that float32 adds two of them exactly and float32 and float64 agree
 # on every order and every tie.
 _LOGIT_STEP = 2.0**-16
@@ -66,6 +68,68 @@ def make_mlp_inputs(
     hidden_states, dout = randn(T, H).to(dtype), randn(T, H).to(dtype)
     gate_proj, up_proj = ((randn(I, H) / math.sqrt(H)).to(dtype) for _ in range(2))
     return (hidden_states, gate_proj, up_proj, (randn(H, I) / math.sqrt(I)).to(dtype)), dout
+
+
+def make_decode_inputs(
+    T: int,
+    H: int,
+    I: int,
+    E: int,
+    routing: Routing,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    seed: int = 0,
+    *,
+    shared_intermediate_size: int = 0,
+    has_shared_gate: bool = False,
+    scale: str = "none",
+) -> tuple[Tensor, MoELayer]:
+    """``hidden_states [T, H]`` and a layer; ``scale`` is "none", "row" or "block" for float8 weights with scales.
+
+    Tokens and router weights are small multiples of a power of two, so that float32 adds up every logit exactly, in
+    whatever order: all backends round the same logits and choose the same experts, and ties are frequent.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device) / math.sqrt(shape[-1])
+
+    def multiples(*shape: int, of: float, up_to: int) -> Tensor:
+        return torch.randint(-up_to, up_to + 1, shape, generator=generator, device=device).mul(of).to(dtype)
+
+    shared = None
+    if Is := shared_intermediate_size:
+        gate = randn(1, H).to(dtype) if has_shared_gate else None
+        shared = SharedExpert(randn(Is, H).to(dtype), randn(Is, H).to(dtype), randn(H, Is).to(dtype), gate)
+    gate_up_proj, gate_up_scale = _quantize(randn(E, 2 * I, H), dtype, scale)
+    down_proj, down_scale = _quantize(randn(E, H, I), dtype, scale)
+    layer = MoELayer(
+        multiples(E, H, of=2**-6, up_to=12), gate_up_proj, down_proj, routing, "silu", shared, gate_up_scale, down_scale
+    )
+    return multiples(T, H, of=2**-4, up_to=48), layer
+
+
+def decode_arguments(layer: MoELayer) -> dict[str, Any]:
+    """``layer`` as ``flash_decode`` takes it."""
+    shared = layer.shared or (None, None, None, None)
+    names = ("shared_gate_proj", "shared_up_proj", "shared_down_proj", "shared_expert_gate")
+    others = {name: value for name, value in layer._asdict().items() if name not in ("routing", "shared")}
+    return {**others, **layer.routing._asdict(), **dict(zip(names, shared, strict=True))}
+
+
+def _quantize(weights: Tensor, dtype: torch.dtype, scale: str) -> tuple[Tensor, Tensor | None]:
+    """Rounded to ``dtype``; or to float8, with a scale a row or a block that brings the largest element to 448."""
+    if scale == "none":
+        return weights.to(dtype), None
+    E, R, C = weights.shape
+    size = (1, C) if scale == "row" else (SCALE_BLOCK, SCALE_BLOCK)
+    rows, columns = -(-R // size[0]), -(-C // size[1])
+    padded = weights.new_zeros(E, rows * size[0], columns * size[1])
+    padded[:, :R, :C] = weights
+    blocks = padded.view(E, rows, size[0], columns, size[1])
+    scales = blocks.abs().amax(dim=(2, 4), keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    quantized = (blocks / scales).view_as(padded)[:, :R, :C].to(torch.float8_e4m3fn)
+    return quantized, scales[:, :, 0, 0, 0] if scale == "row" else scales[:, :, 0, :, 0]
 
 
 def run_with_grads(

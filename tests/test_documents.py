@@ -22,7 +22,7 @@ import flash_moe
 from flash_moe._activations import ACTIVATIONS
 from flash_moe.cli import main
 from flash_moe.modules.flash_moe import FlashMoEConfig
-from flash_moe.ops import flash_expert, flash_mlp, flash_router
+from flash_moe.ops import flash_decode, flash_expert, flash_mlp, flash_router
 from flash_moe.training.environment import VARIABLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,11 +303,11 @@ def test_signatures_are_the_functions_own():
     shown = [line for path in RUN for _, code in blocks(read(path), "text") for line in code.splitlines()]
     functions = [
         getattr(module, name)
-        for module in (flash_router, flash_expert, flash_mlp)
+        for module in (flash_router, flash_expert, flash_mlp, flash_decode)
         for name in vars(module)
         if re.fullmatch(r"(triton_)?flash_\w+", name) and callable(getattr(module, name))
     ]
-    assert len(functions) == 7
+    assert len(functions) == 8
     for function in functions:
         parameters = inspect.signature(function).parameters.values()
         plain = inspect.Signature([each.replace(annotation=inspect.Parameter.empty) for each in parameters])

@@ -1,0 +1,188 @@
+"""Three ways to hand the tasks of a schedule to programs, each written as the loop that a program runs.
+
+static   tasks are dealt ahead, evenly for any number of slots hit; a program waits only for what its next task needs.
+queue    a program takes the next task from one counter, and waits there until that task may start. It asks for the
+         one after that before it begins, so that the answer is there when it is done.
+actor    workers take a task when their doorbell rings. A finished task that was the last of its kind's fan-in pushes
+         the tasks it released onto a list of ready ones; each of n schedulers hands every n-th of those to whichever
+         of its workers has been free for the longest. Nothing that is handed out ever waits.
+
+A task's result does not depend on who runs it or when, so all give the same bits.
+"""
+
+import itertools
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable
+from heapq import heapify, heapreplace
+
+from flash_moe.schedule.decode import FINISHED, SELECTED, Schedule
+from flash_moe.schedule.machine import Add, Busy, Machine, Program, Run, ScheduleError, Signal, Slots, Wait
+from flash_moe.schedule.tasks import NO_COUNTER, Kind, Rates
+from flash_moe.schedule.trace import Trace
+
+# What "auto" is until rows say otherwise.
+AUTO = "static"
+
+
+def run_policy(
+    schedule: Schedule,
+    policy: str,
+    find_slots: Callable[[], Slots],
+    execute: Callable[[int], None],
+    trace: Trace,
+    rates: Rates | None = None,
+) -> None:
+    """Run every task of ``schedule`` through ``execute`` in the order that ``policy`` gives, and fill ``trace``."""
+    policy, rates = AUTO if policy == "auto" else policy, rates or Rates()
+    sizes = schedule.sizes
+    letters = {"T": sizes.T, "H": sizes.H, "I": sizes.I, "E": sizes.E, "K": sizes.K}
+    trace.begin(policy, "logical", schedule.num_programs, letters)
+    if schedule.tasks:
+        POLICIES[policy](Machine(schedule, rates, find_slots, execute, trace))
+
+
+def run_static(machine: Machine) -> None:
+    dealt = deal(machine.schedule, machine.rates)
+    machine.run([_static_program(machine, mine) for mine in dealt])
+
+
+def run_queue(machine: Machine) -> None:
+    machine.run([_queue_program(machine) for _ in range(machine.schedule.num_programs)])
+
+
+def run_actor(machine: Machine, num_schedulers: int = 1) -> None:
+    """The first programs are the schedulers; worker w belongs to scheduler w modulo their number."""
+    schedule = machine.schedule
+    if not 1 <= num_schedulers < schedule.num_programs:
+        raise ScheduleError(f"{num_schedulers} schedulers leave no worker among {schedule.num_programs} programs")
+    desk = _Desk(machine, num_schedulers)
+    workers = range(num_schedulers, schedule.num_programs)
+    programs = [_scheduler(desk, number, workers) for number in range(num_schedulers)]
+    machine.run([*programs, *(_worker(desk, worker) for worker in workers)], {"ready": len(desk.ready)})
+
+
+POLICIES: dict[str, Callable[[Machine], None]] = {"static": run_static, "queue": run_queue, "actor": run_actor}
+
+
+def deal(schedule: Schedule, rates: Rates) -> list[list[int]]:
+    """For each program its tasks, in the order of the table.
+
+    Every kind is dealt evenly for itself, slot by slot, since programs wait for one another between kinds and since
+    any number of slots may be hit: a task goes to the program with the least of its kind so far. Where that leaves a
+    choice, the last of one kind's tiles make up for the last of another's.
+    """
+    dealt: list[list[int]] = [[] for _ in range(schedule.num_programs)]
+    in_all = [0] * schedule.num_programs
+    for kind in Kind:
+        lightest = [(0, in_all[program], program) for program in range(schedule.num_programs)]
+        heapify(lightest)
+        for index, task in enumerate(schedule.tasks):
+            if task.kind is kind:
+                load, total, program = lightest[0]
+                time = schedule.cost(index).time_ns(rates, schedule.num_programs)
+                dealt[program].append(index)
+                in_all[program] = total + time
+                heapreplace(lightest, (load + time, total + time, program))
+    return [sorted(mine) for mine in dealt]
+
+
+def _perform(machine: Machine, index: int) -> Program:
+    """Wait for what a task needs, run it, and tell."""
+    task = machine.schedule.tasks[index]
+    if task.need.counter != NO_COUNTER:
+        yield Wait(task.need.counter, task.need.required(machine.slots.hits if task.need.per_hit else 0))
+    yield Run(index)
+    yield Signal(task.signals)
+
+
+def _wait_for_slots(machine: Machine) -> Program:
+    yield Wait(SELECTED, machine.schedule.total(SELECTED).fixed)
+
+
+def _static_program(machine: Machine, mine: list[int]) -> Program:
+    schedule = machine.schedule
+    head = bisect_left(mine, schedule.num_head)
+    for index in mine[:head]:
+        yield from _perform(machine, index)
+    if mine[head:]:
+        yield from _wait_for_slots(machine)
+    for index in mine[head:]:
+        if schedule.tasks[index].slot < machine.slots.hits:
+            yield from _perform(machine, index)
+
+
+def _queue_program(machine: Machine) -> Program:
+    schedule = machine.schedule
+    n = yield Add("queue")
+    while n < schedule.num_head:
+        following = yield Add("queue", is_early=True)
+        yield from _perform(machine, n)
+        n = following
+    yield from _wait_for_slots(machine)
+    hits = machine.slots.hits
+    while n < schedule.num_live(hits):
+        following = yield Add("queue", is_early=True)
+        yield from _perform(machine, schedule.nth_live(n, hits))
+        n = following
+
+
+class _Desk:
+    """What schedulers and workers share: the list of ready tasks, and the task that a worker finds when it is rung."""
+
+    def __init__(self, machine: Machine, num_schedulers: int) -> None:
+        self.machine, self.num_schedulers = machine, num_schedulers
+        self.ready: list[int | None] = list(machine.schedule.released[NO_COUNTER])
+        self.orders: dict[int, int | None] = {}
+        self.mail: list[list[int]] = [[] for _ in range(num_schedulers)]
+
+    def released_by(self, index: int, old: int) -> list[int | None]:
+        """What may start now that a task is done whose counter was ``old``; at the end None for every scheduler."""
+        schedule, machine = self.machine.schedule, self.machine
+        counter = schedule.tasks[index].signals
+        total = schedule.total(counter)
+        if total.per_hit and not machine.is_routed:
+            return []  # only the shared expert's tiles can be this early, and they are never the last
+        if old + 1 < total.required(machine.slots.hits if total.per_hit else 0):
+            return []
+        if counter == FINISHED:
+            return [None] * self.num_schedulers
+        released = schedule.released[counter]
+        return [i for i in released if schedule.tasks[i].slot < 0 or schedule.tasks[i].slot < machine.slots.hits]
+
+
+def _worker(desk: _Desk, number: int) -> Program:
+    rung = 0
+    scheduler = number % desk.num_schedulers
+    while True:
+        rung += 1
+        yield Wait(f"doorbell {number}", rung)
+        index = desk.orders[number]
+        if index is None:
+            return
+        yield Run(index)
+        old = yield Add(desk.machine.schedule.tasks[index].signals)
+        if released := desk.released_by(index, old):
+            desk.ready += released
+            yield Add("ready", len(released))
+        desk.mail[scheduler].append(number)
+        yield Signal(f"mail {scheduler}")
+
+
+def _scheduler(desk: _Desk, number: int, workers: range) -> Program:
+    mine = [worker for worker in workers if worker % desk.num_schedulers == number]
+    free = deque(mine)
+    heard = 0
+    for ticket in itertools.count(number, desk.num_schedulers):
+        yield Wait("ready", ticket + 1)
+        index = desk.ready[ticket]
+        while index is not None and not free:
+            yield Wait(f"mail {number}", heard + 1)
+            free.append(desk.mail[number][heard])
+            heard += 1
+        for worker in mine if index is None else [free.popleft()]:
+            desk.orders[worker] = index
+            yield Busy(desk.machine.rates.dispatch_ns, "dispatch")
+            yield Signal(f"doorbell {worker}")
+        if index is None:
+            return
