@@ -72,16 +72,17 @@ def assert_sums_in_sequence(inputs: tuple[Tensor, Tensor], dlogits: Tensor, cons
     """Of products that nobody should ask of these kernels in float32: each sum adds its terms one after the other.
 
     n terms of one size have partial sums of up to sqrt(n) times that, each rounded: the error's root mean square is
-    eps * sqrt(n) / 5 of the result's. Twice that is allowed, and six times that where it is largest.
+    eps * sqrt(n) / 5 of the result's. Twice that is allowed, and six times that where it is largest, column by column,
+    since columns differ in size.
     """
     exact = run_with_grads(lambda x, weight: composed(x, weight, *constants), to_float64(inputs), dlogits.double())
     actual = run_with_grads(lambda x, weight: fused(x, weight, *constants), inputs, dlogits)
     (T, H), C = inputs[0].shape, len(inputs[1])
     for name, x, want, num_terms in zip(NAMES, actual, exact, (H, C, T), strict=True):
-        budget = 0.4 * torch.finfo(x.dtype).eps * num_terms**0.5 * want.square().mean().sqrt()
-        error = x - want
-        assert error.square().mean().sqrt() <= budget, name
-        assert error.abs().max() <= 6 * budget, name
+        error, size = ((x - want).flatten(0, -2), want.flatten(0, -2).square().mean(0).sqrt())
+        budget = 0.4 * torch.finfo(x.dtype).eps * num_terms**0.5 * size
+        assert (error.square().mean(0).sqrt() <= budget).all(), name
+        assert (error.abs() <= 6 * budget).all(), name
 
 
 def assert_same_bits(actual, want) -> None:
@@ -104,10 +105,14 @@ def test_two_tokens(dtype, device):
     inputs, dlogits, _ = make_inputs(2, 24, 10, dtype, device)
     exact = run_with_grads(composed, to_float64(inputs), dlogits.double())
     actual = run_with_grads(fused, inputs, dlogits)
-    assert_no_worse_than(*([x.to(dtype) for x in exact[::2]], exact[::2], actual[::2]), NAMES[::2])
-    dxhat = dlogits.double() @ inputs[1].double()
-    largest = (dxhat / (inputs[0].double().var(0, correction=0) + EPS).sqrt()).abs().max()
-    assert (actual[1] - exact[1]).abs().max() <= 4 * torch.finfo(dtype).eps * largest
+    x, weight, eps = inputs[0].double(), inputs[1].double(), torch.finfo(dtype).eps
+    rstd = (x.var(0, correction=0) + EPS).rsqrt()
+    # A mean is rounded, which counts the more the farther it is from 0; variance, root, product and result are too.
+    dxhat = eps * (4 + x.mean(0).abs() * rstd)
+    assert ((actual[0] - exact[0]).abs() <= weight.abs() @ dxhat + eps * exact[0].abs()).all()
+    assert ((actual[2] - exact[2]).abs() <= dlogits.double().abs().sum(0)[:, None] * dxhat).all()
+    largest = (dlogits.double() @ weight * rstd).abs().max()
+    assert (actual[1] - exact[1]).abs().max() <= 4 * eps * largest
 
 
 @every_dtype
