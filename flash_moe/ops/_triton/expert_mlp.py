@@ -28,15 +28,20 @@ Saved = tuple[Tensor, Tensor, Tensor, Tensor]
 """The experts' pre-activations ``[T, K]``; gate, up and their gated product, ``[T, I]``."""
 
 
+# Eager calls on fewer tokens wait for the host, to which another stream costs some 50 us, and a graph nothing.
+MIN_EAGER_TOKENS = 8192
+
+
 class SideStream:
-    """Within it, work for a stream beside the current one, which waits for it at ``join``; on a CPU all is in line.
+    """Within it, work for a stream beside the current one, which waits for it at ``join``; or in line, where that pays.
 
     It serves the current stream alone and starts each time behind what that one has been given. So memory of either may
     be used by the other up to the join, and nothing needs to be recorded.
     """
 
     def __init__(self, like: Tensor) -> None:
-        self._current = torch.cuda.current_stream(like.device) if like.is_cuda else None
+        is_beside = like.is_cuda and (len(like) >= MIN_EAGER_TOKENS or torch.cuda.is_current_stream_capturing())
+        self._current = torch.cuda.current_stream(like.device) if is_beside else None
         if self._current is not None:
             self._side = _side_stream(like.device.index, self._current.cuda_stream)
             self._side.wait_stream(self._current)
