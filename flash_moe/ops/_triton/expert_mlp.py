@@ -4,6 +4,7 @@ T tokens, H hidden size, I intermediate size, E experts, K experts per token. Th
 experts by the bandwidth of the L2 cache, so each has what the other leaves idle.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -35,8 +36,8 @@ MIN_EAGER_TOKENS = 8192
 class SideStream:
     """Within it, work for a stream beside the current one, which waits for it at ``join``; or in line, where that pays.
 
-    It serves the current stream alone and starts each time behind what that one has been given. So memory of either may
-    be used by the other up to the join, and nothing needs to be recorded.
+    It serves the current stream alone, and each time starts behind what that one has been given. So nothing needs to be
+    recorded: what it allocated may be used behind the join, and when that is freed only its own later work gets it.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -100,11 +101,7 @@ def expert_mlp_backward(
     Ids are those of ``expert_backward_rows`` with ``sparse_grad``, else empty.
     """
     x, down_weights, _, indices, _ = experts
-    gate_proj, up_proj, down_proj = dense
-    pre_activations, gate, up, activated = saved
-    dense_grads = tuple(torch.empty_like(each) if wants_dense else each.new_empty(0) for each in dense)
-    dactivated, dup = torch.empty_like(gate), torch.empty_like(up)
-    dgate = dactivated  # in its place
+    pre_activations, *dense_saved = saved
     num_experts = len(down_weights)
     beside = SideStream(x)
     with beside:
@@ -112,11 +109,6 @@ def expert_mlp_backward(
         if wants_tables:  # first: a chain of short launches that leave the GPU nearly idle
             groups = (group_for_rows if sparse_grad else group_for_tables)(x, indices, num_experts)
         grouped = beside.mark()
-        torch.mm(grad_out, down_proj, out=dactivated)
-        gated_activation_backward(dactivated, gate, up, hidden_act, out=(dgate, dup))
-        if wants_dense:
-            for out, rows, columns in zip(dense_grads, (dgate, dup, grad_out), (x, x, activated), strict=True):
-                torch.mm(rows.t(), columns, out=out)
     dx, dweights, ds, coefficients = expert_backward_tokens(grad_out, *experts, pre_activations, hidden_act)
     ids, tables = indices.new_empty(0, dtype=torch.int64), (x.new_empty(0), x.new_empty(0))
     beside.join(grouped)
@@ -125,7 +117,24 @@ def expert_mlp_backward(
         ids, *tables = expert_backward_rows(*pairs)
     elif wants_tables:
         tables = expert_backward_tables(*pairs)
+    with beside:  # asked for last, so that what the experts needed is free again where all is in line
+        dgate, dup, dense_grads = _dense_backward(grad_out, x, dense, dense_saved, hidden_act, wants_dense)
     beside.join()
+    gate_proj, up_proj, _ = dense
     dx.addmm_(dgate, gate_proj)
     dx.addmm_(dup, up_proj)
     return dx, dweights, ids, *tables, *dense_grads
+
+
+def _dense_backward(
+    grad_out: Tensor, x: Tensor, dense: Dense, saved: Sequence[Tensor], hidden_act: str, wants_dense: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """``dgate`` and ``dup [T, I]``, and the three weights' gradients, empty unless wanted."""
+    gate, up, activated = saved
+    grads = tuple(torch.empty_like(each) if wants_dense else each.new_empty(0) for each in dense)
+    dactivated, dup = torch.mm(grad_out, dense[2]), torch.empty_like(up)
+    dgate, dup = gated_activation_backward(dactivated, gate, up, hidden_act, out=(dactivated, dup))
+    if wants_dense:
+        for out, rows, columns in zip(grads, (dgate, dup, grad_out), (x, x, activated), strict=True):
+            torch.mm(rows.t(), columns, out=out)
+    return dgate, dup, grads
