@@ -46,7 +46,9 @@ def test_every_combination_of_options(routing, dtype, device):
 
 @every_dtype
 @pytest.mark.parametrize("T", [1, 2, 3, 4])
-@pytest.mark.parametrize("H, I, E, K", [(1, 1, 1, 1), (37, 13, 9, 9), (600, 300, 5, 2), (64, 40, 33, 4)], ids=str)
+@pytest.mark.parametrize(
+    "H, I, E, K", [(1, 1, 1, 1), (37, 13, 9, 9), (600, 300, 5, 2), (64, 40, 33, 4), (9, 5, 300, 3)], ids=str
+)
 def test_sizes(H, I, E, K, T, dtype, device):
     x, layer = make_decode_inputs(T, H, I, E, Routing(K), dtype, device)
     assert_right(x, layer)

@@ -36,8 +36,8 @@ ROUTED, LEFT, FIRST_SLOT = (tl.constexpr(i) for i in range(3))
 LINE = tl.constexpr(32)
 # Polls that a program makes in all before it gives up: about a second, an atomic taking most of a microsecond.
 MAX_POLLS = 2**20
-# Comparisons of a step of the selection: 32 for each of 512 threads.
-RANK_COMPARISONS = 2**14
+# Comparisons of keys at once: 128 for each of 512 threads.
+RANK_COMPARISONS = 2**16
 # Scratch of this many calls that may be captured is made beside that of a stream, zeroed before any capture begins.
 GRAPH_SCRATCHES = 64
 MAX_REMEMBERED = 256
@@ -125,16 +125,18 @@ def _keys(logits, e, bias_ptr, largest, total, E: tl.constexpr, SCORING: tl.cons
 
 
 @triton.jit
-def _load_logits(logits_ptr, e, E: tl.constexpr):
-    # Past the L1 cache, which knows nothing of other multiprocessors' stores.
-    logits = tl.load(logits_ptr + e, mask=e < E, other=0.0, cache_modifier=".cg")
-    return tl.where(e < E, logits.to(tl.float32), NO_LOGIT)
+def _num_above(others, other, keys, e):
+    """For each key how many of the others are larger, or equal with a lower id."""
+    others, other = others[:, None], other[:, None]
+    is_above = (others > keys[None, :]) | ((others == keys[None, :]) & (other < e[None, :]))
+    return tl.sum(is_above.to(tl.int32), 0)
 
 
 @triton.jit
 def _select(
     logits_ptr,
     bias_ptr,
+    keys_ptr,
     factor,
     E: tl.constexpr,
     K: tl.constexpr,
@@ -144,19 +146,27 @@ def _select(
     BLOCK_E: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
 ):
-    """Of one token: whether each expert is chosen, and its weight. An expert's rank is how many stand above it."""
+    """Of one token: whether each expert is chosen, and its weight. An expert's rank is how many stand above it.
+
+    Of many experts the keys go through memory of the program's own, to compare them with a block at a time.
+    """
     e = tl.arange(0, BLOCK_E)
-    logits = _load_logits(logits_ptr, e, E)
+    # Past the L1 cache, which knows nothing of other multiprocessors' stores; and once, since all programs read them.
+    logits = tl.load(logits_ptr + e, mask=e < E, other=0.0, cache_modifier=".cg")
+    logits = tl.where(e < E, logits.to(tl.float32), NO_LOGIT)
     largest = tl.max(logits, 0)
     total = tl.sum(accurate_exp(logits - largest), 0)
     keys = _keys(logits, e, bias_ptr, largest, total, E, SCORING, HAS_BIAS)
-    ranks = tl.zeros([BLOCK_E], tl.int32)
-    for first in tl.range(0, BLOCK_E, RANK_BLOCK):
-        other = first + tl.arange(0, RANK_BLOCK)
-        others = _load_logits(logits_ptr, other, E)
-        others = _keys(others, other, bias_ptr, largest, total, E, SCORING, HAS_BIAS)
-        is_tie_lost = (others[None, :] == keys[:, None]) & (other[None, :] < e[:, None])
-        ranks += tl.sum(((others[None, :] > keys[:, None]) | is_tie_lost).to(tl.int32), 1)
+    if RANK_BLOCK == BLOCK_E:
+        ranks = _num_above(keys, e, keys, e)
+    else:
+        tl.store(keys_ptr + e, keys)
+        tl.debug_barrier()  # all keys are there before any thread reads
+        ranks = tl.zeros([BLOCK_E], tl.int32)
+        for first in tl.range(0, BLOCK_E, RANK_BLOCK):
+            other = first + tl.arange(0, RANK_BLOCK)
+            ranks += _num_above(tl.load(keys_ptr + other), other, keys, e)
+        tl.debug_barrier()  # all have read before the next token's keys are there
     chosen = (ranks < K) & (e < E)
     if NORM and SCORING == "softmax":
         weights = tl.where(chosen, accurate_exp(logits - tl.max(tl.where(chosen, logits, NO_LOGIT), 0)), 0.0)
@@ -172,6 +182,7 @@ def _select(
 def _find_slots(
     logits_ptr,
     bias_ptr,
+    keys_ptr,
     slots_ptr,
     weights_ptr,
     factor,
@@ -193,7 +204,7 @@ def _find_slots(
     weights = ()
     for t in tl.static_range(T):
         chosen, token_weights = _select(
-            logits_ptr + t * E, bias_ptr, factor, E, K, SCORING, HAS_BIAS, NORM, BLOCK_E, RANK_BLOCK
+            logits_ptr + t * E, bias_ptr, keys_ptr, factor, E, K, SCORING, HAS_BIAS, NORM, BLOCK_E, RANK_BLOCK
         )
         tokens |= chosen << t
         weights = weights + (token_weights,)
@@ -377,6 +388,7 @@ def _decode_kernel(
     out_ptr,
     counters_ptr,
     flag_ptr,
+    keys_ptr,
     slots_ptr,
     weights_ptr,
     activated_ptr,
@@ -404,14 +416,16 @@ def _decode_kernel(
     RANK_BLOCK: tl.constexpr,
 ):
     program, num_programs = tl.program_id(0), tl.num_programs(0)
+    keys_ptr += program * BLOCK_E
     slots_ptr += program * (2 * S)
     weights_ptr += program * (T * S)
     _route(x_ptr, router_ptr, logits_ptr, T, H, E, BLOCK_H)
     _arrive(counters_ptr + ROUTED * LINE)
     polls_left = _wait(counters_ptr + ROUTED * LINE, num_programs, max_polls)
     hits = _find_slots(
-        logits_ptr, bias_ptr, slots_ptr, weights_ptr, factor, T, E, K, SCORING, HAS_BIAS, NORM, BLOCK_E, RANK_BLOCK
-    )
+        logits_ptr, bias_ptr, keys_ptr, slots_ptr, weights_ptr, factor, T, E, K, SCORING, HAS_BIAS, NORM, BLOCK_E,
+        RANK_BLOCK,
+    )  # fmt: skip
     tiles_per_slot = tl.cdiv(I, ROWS)
     num_tiles = hits * tiles_per_slot
     per_program = tl.cdiv(H, num_programs)
@@ -446,6 +460,7 @@ class Scratch(NamedTuple):
 
     counters: Tensor
     flag: Tensor
+    keys: Tensor
     slots: Tensor
     weights: Tensor
     activated: Tensor
@@ -457,6 +472,7 @@ class _Shape(NamedTuple):
     T: int
     S: int
     I: int
+    E: int
     G: int
 
     def make(self, count: int) -> list[Scratch]:
@@ -464,6 +480,7 @@ class _Shape(NamedTuple):
         tensors = (
             torch.zeros(count, counters, dtype=torch.int32, device=self.device),
             torch.zeros(count, 1, dtype=torch.int32, device=self.device),
+            torch.empty(count, self.G, triton.next_power_of_2(self.E), dtype=torch.int32, device=self.device),
             torch.empty(count, self.G, self.S, 2, dtype=torch.int32, device=self.device),
             torch.empty(count, self.G, self.S, self.T, dtype=torch.float32, device=self.device),
             torch.empty(count, self.S, self.T, self.I, dtype=self.dtype, device=self.device),
@@ -549,7 +566,7 @@ def _launch(x: Tensor, layer: MoELayer, logits: Tensor, out: Tensor) -> None:
     # A program fills a multiprocessor; the interpreter runs programs one after another, so there it is one.
     G = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     S = min(E, T * K)
-    scratch, config = _scratches.get(_Shape(x.device, x.dtype, T, S, I, G)), config_of(T)
+    scratch, config = _scratches.get(_Shape(x.device, x.dtype, T, S, I, E, G)), config_of(T)
     options = {"num_warps": config.num_warps}
     if not INTERPRETED:
         # All programs at once or an error, since they wait for each other.
