@@ -61,7 +61,7 @@ class Config(NamedTuple):
 
 
 def config_of(T: int) -> Config:
-    """Not measured yet; no registers are spilled. Several tokens leave room for half as many loads in flight."""
+    """Not measured yet. No registers are spilled for one token; several leave room for half as many loads in flight."""
     return Config() if T == 1 else Config(chunks=2)
 
 
@@ -219,18 +219,50 @@ def _find_slots(
 
 
 @triton.jit
-def _columns(PART: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
-    """``[CHUNKS, 1, WIDTH]``: a chunk is what one warp loads of a row at once."""
-    chunk = PART * CHUNKS + tl.arange(0, CHUNKS)
-    return chunk[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+def _load_rows(matrix_ptr, row, end, PART: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+    """Chunks ``[rows, WIDTH]`` of a matrix with C columns; rows from ``end`` on are zeros, and not read.
+
+    A chunk is what a warp loads of a row at once: a tile of no more columns is dealt to the warps by rows, so that sums
+    over columns stay within a warp. Tiles of three dimensions were dealt otherwise by triton 3.6 than by 3.7.
+    """
+    tiles = ()
+    for chunk in tl.static_range(CHUNKS):
+        column = (PART * CHUNKS + chunk) * WIDTH + tl.arange(0, WIDTH)
+        mask = (row < end)[:, None] & (column < C)[None, :]
+        at = matrix_ptr + (row * C)[:, None] + column[None, :]
+        tiles = tiles + (tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first"),)
+    return tiles
 
 
 @triton.jit
-def _load_rows(matrix_ptr, row, end, PART: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
-    """``[CHUNKS, rows, WIDTH]`` of a matrix with C columns; rows from ``end`` on are zeros, and not read."""
-    columns = _columns(PART, CHUNKS, WIDTH)
-    mask = (row < end)[None, :, None] & (columns < C)
-    return tl.load(matrix_ptr + (row * C)[None, :, None] + columns, mask=mask, other=0.0, eviction_policy="evict_first")
+def _load_vector(
+    vector_ptr,
+    PART: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CACHE: tl.constexpr,
+):
+    """float32 chunks ``[ROWS, WIDTH]`` of a vector, as wide as the rows that it is multiplied with.
+
+    So each thread loads what it needs, and nothing changes threads.
+    """
+    tiles = ()
+    for chunk in tl.static_range(CHUNKS):
+        column = (PART * CHUNKS + chunk) * WIDTH + tl.arange(0, WIDTH)
+        column = tl.broadcast_to(column[None, :], [ROWS, WIDTH])
+        tile = tl.load(vector_ptr + column, mask=column < C, other=0.0, cache_modifier=CACHE)
+        tiles = tiles + (tile.to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _dots(tiles, vector, CHUNKS: tl.constexpr):
+    products = tiles[0].to(tl.float32) * vector[0]
+    for chunk in tl.static_range(1, CHUNKS):
+        products += tiles[chunk].to(tl.float32) * vector[chunk]
+    return tl.sum(products, 1)
 
 
 @triton.jit
@@ -303,14 +335,13 @@ def _gate_up_tile(
         next_gate, next_up = _load_gate_up(
             gate_up_ptr, slots_ptr, next_tile, num_tiles, (part + 1) % NUM_PARTS, H, I, ROWS, CHUNKS, WIDTH
         )
-        columns = tl.broadcast_to(_columns(part, CHUNKS, WIDTH), [CHUNKS, ROWS, WIDTH])
         new_sums = ()
         for t in tl.static_range(T):
             gate_sum, up_sum = sums[t]
             if (tokens >> t) & 1 != 0:
-                x = tl.load(x_ptr + t * H + columns, mask=columns < H, other=0.0).to(tl.float32)
-                gate_sum += tl.sum(tl.sum(gate.to(tl.float32) * x, 0), 1)
-                up_sum += tl.sum(tl.sum(up.to(tl.float32) * x, 0), 1)
+                x = _load_vector(x_ptr + t * H, part, H, ROWS, CHUNKS, WIDTH, "")
+                gate_sum += _dots(gate, x, CHUNKS)
+                up_sum += _dots(up, x, CHUNKS)
             new_sums = new_sums + ((gate_sum, up_sum),)
         sums = new_sums
         gate, up = next_gate, next_up
@@ -340,6 +371,7 @@ def _down_slot(
     H: tl.constexpr,
     I: tl.constexpr,
     ROWS: tl.constexpr,
+    DOWN_ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -354,17 +386,14 @@ def _down_slot(
         )
         if part == 0:
             polls_left = _wait(counters_ptr + (FIRST_SLOT + slot) * LINE, tl.cdiv(I, ROWS), polls_left)
-        # In the shape of the rows, so that a thread has what it multiplies and no rows change threads.
-        columns = tl.broadcast_to(_columns(part, CHUNKS, WIDTH), down.shape)
         new_products = ()
         for t in tl.static_range(T):
             product = products[t]
             if (tokens >> t) & 1 != 0:
-                activated_row_ptr = activated_ptr + (slot * T + t) * I
-                activated = tl.load(activated_row_ptr + columns, mask=columns < I, other=0.0, cache_modifier=".cg").to(
-                    tl.float32
-                )
-                product += tl.sum(tl.sum(down.to(tl.float32) * activated, 0), 1)
+                # Past the L1 cache, as the logits.
+                token_ptr = activated_ptr + (slot * T + t) * I
+                activated = _load_vector(token_ptr, part, I, DOWN_ROWS, CHUNKS, WIDTH, ".cg")
+                product += _dots(down, activated, CHUNKS)
             new_products = new_products + (product,)
         products = new_products
         down = next_down
@@ -447,7 +476,7 @@ def _decode_kernel(
         for slot in range(done, ready):
             down, sums, polls_left = _down_slot(
                 down, sums, polls_left, down_ptr, slots_ptr, weights_ptr, activated_ptr, counters_ptr, slot, hits,
-                row, end, T, H, I, ROWS, CHUNKS, I_WIDTH,
+                row, end, T, H, I, ROWS, DOWN_ROWS, CHUNKS, I_WIDTH,
             )  # fmt: skip
         done = ready
     for t in tl.static_range(T):
