@@ -294,7 +294,7 @@ def test_return_router_logits(device):
 
 def op_arguments(x, layer):
     tensors = module._flatten(x, layer)
-    return (*tensors.values(), *module._options(layer), "auto")
+    return (*tensors.values(), *module._options(layer), "auto", "torch")
 
 
 @pytest.mark.parametrize("shared", [0, 8])
@@ -397,7 +397,7 @@ EIGHT_BIT = torch.zeros(6, 16, 16).to(torch.float8_e4m3fn)
             TypeError,
             "gate_up_scale: expected dtype torch.float32; got torch.float16",
         ),
-        ({"backend": "triton"}, ValueError, "backend: expected one of auto, torch, reference; got 'triton'"),
+        ({"backend": "cuda"}, ValueError, "backend: expected one of auto, triton, torch, reference; got 'cuda'"),
         ({"policy": "fifo"}, ValueError, "policy: expected one of auto, static, queue, actor; got 'fifo'"),
         ({"policy": "queue", "backend": "reference"}, ValueError, "policy: expected 'auto' with backend=.reference"),
         ({"trace": Trace(), "backend": "reference"}, ValueError, "trace: expected None with backend=.reference"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_moe._activations import check_activation
+from flash_moe._backend import why_not_triton
 from flash_moe._checks import (
     check_bool,
     check_coefficient,
@@ -25,7 +26,7 @@ from flash_moe.ops._register import register_op
 from flash_moe.schedule.policies import POLICIES
 from flash_moe.schedule.trace import Trace
 
-BACKENDS = ("auto", "torch", "reference")
+BACKENDS = ("auto", "triton", "torch", "reference")
 
 
 def flash_decode(
@@ -77,7 +78,8 @@ def flash_decode(
         gate_up_scale, down_scale: float32, with float8 weights ``[E, R, C]``: ``[E, R]``, a scale a row, or
             ``[E, ceil(R / 128), ceil(C / 128)]``, a scale a block of 128 x 128.
         backend: "auto" is "torch" (CPU: the schedule, interpreted; CUDA: PyTorch's own kernels, without waiting for
-            the device), or "reference". An explicit choice never falls back.
+            the device), "triton" (one launch; at most 4 tokens and 1024 experts, no groups, shared expert or float8;
+            its speed is not measured yet), or "reference". An explicit choice never falls back.
         policy: which program takes which task when the schedule is interpreted: "static", "queue" or "actor"; "auto"
             is "static". The bits of the result are the same. Only "auto" where no schedule runs.
         trace: a ``Trace`` to fill with every task and every wait; only where a schedule runs.
@@ -112,9 +114,10 @@ def flash_decode(
     else:
         x, *weights = (None if x is None else x.contiguous() for x in tensors.values())
         if trace is None:
-            out, logits = torch.ops.flash_moe.flash_decode(x, *weights, *_options(layer), policy)
+            name = "triton" if backend == "triton" else "torch"
+            out, logits = torch.ops.flash_moe.flash_decode(x, *weights, *_options(layer), policy, name)
         else:  # an op takes no Python objects
-            out, logits = _implementation().decode_interpreted(x, layer, policy, trace)
+            out, logits = _implementation("torch").decode_interpreted(x, layer, policy, trace)
     return (out, logits) if return_router_logits else out
 
 
@@ -199,8 +202,10 @@ def _check_execution(x: Tensor, backend: str, policy: str, trace: object) -> Non
         raise ValueError(f"policy: expected one of auto, {', '.join(POLICIES)}; got {policy!r}")
     if trace is not None and not isinstance(trace, Trace):
         raise TypeError(f"trace: expected a Trace or None; got {type(trace).__name__}")
-    if backend == "reference" or x.device.type != "cpu":
-        where = 'backend="reference"' if backend == "reference" else f"device {x.device}"
+    if backend == "triton" and (reason := why_not_triton(x.device.type)):
+        raise ValueError(f"backend: triton cannot run here: {reason}")
+    if backend in ("reference", "triton") or x.device.type != "cpu":
+        where = f'backend="{backend}"' if backend in ("reference", "triton") else f"device {x.device}"
         if policy != "auto":
             raise ValueError(f"policy: expected 'auto' with {where}, which runs no schedule; got {policy!r}")
         if trace is not None:
@@ -271,13 +276,13 @@ def _unflatten(
     return MoELayer(router_weight, gate_up_proj, down_proj, routing, hidden_act, shared, gate_up_scale, down_scale)
 
 
-def _implementation() -> ModuleType:
-    return import_module("flash_moe.ops._torch.decode")
+def _implementation(backend: str) -> ModuleType:
+    return import_module(f"flash_moe.ops._{backend}.decode")
 
 
 def _forward(hidden_states: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *flat, policy = arguments
-    return _implementation().decode_forward(hidden_states, _unflatten(*flat), policy)
+    *flat, policy, backend = arguments
+    return _implementation(backend).decode_forward(hidden_states, _unflatten(*flat), policy)
 
 
 def _forward_fake(hidden_states: Tensor, router_weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -289,7 +294,7 @@ register_op(
     "Tensor? correction_bias, Tensor? shared_gate_proj, Tensor? shared_up_proj, Tensor? shared_down_proj, "
     "Tensor? shared_expert_gate, Tensor? gate_up_scale, Tensor? down_scale, int num_experts_per_tok, "
     "bool norm_topk_prob, str scoring, int num_expert_groups, int topk_groups, float routed_scaling_factor, "
-    "str hidden_act, str policy) -> (Tensor, Tensor)",
+    "str hidden_act, str policy, str backend) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
