@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_moe.ops._triton.launch import FLOAT32_TILE, Tile
 from flash_moe.ops._triton.math import activation, dot, round_for
 
 GROUP = tl.constexpr(8)
@@ -35,24 +36,11 @@ ROW_BLOCKS_IN_TURN = 8
 MIN_SPLIT = 256
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Rows and columns of the result that a program computes, and how much of the contracted dimension a step takes."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
-
 # The sums of 128 x 256 results fill half of an SM's registers. Its operands ask L2 for 48 bytes a clock and SM at full
 # rate, those of 128 x 128 for 64.
 DOTS_TILE = Tile(128, 256, 64, 8, 3)
 TOKEN_SUMS_TILE = Tile(128, 256, 64, 8, 5)
 EXPERT_SUMS_TILE = Tile(128, 256, 64, 8, 5)
-# float32 does without tensor cores.
-FLOAT32_TILE = Tile(32, 64, 32, 4, 2)
 # Pairs of a token that the dots' last step looks up at a time.
 DOTS_BLOCK_K = 128
 

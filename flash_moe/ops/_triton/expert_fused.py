@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_moe.ops._triton.launch import launch_config
+from flash_moe.ops._triton.launch import block_of, launch_config
 from flash_moe.ops._triton.math import activation, round_for, table_float
 
 
@@ -113,5 +113,5 @@ def _launch(tensors: tuple[Any, ...], num_experts: int, hidden_act: str) -> None
     config = dict(launch_config("fused", hidden_states.device, (T, H, num_experts, K)))
     config["BLOCK_K"] = min(config["BLOCK_K"], triton.next_power_of_2(max(1, K)))
     for name in ("BLOCK_H", "SLICE"):
-        config[name] = min(config[name], max(16, triton.next_power_of_2(H)))
+        config[name] = min(config[name], block_of(H))
     _fused_kernel[(T, triton.cdiv(H, config["SLICE"]))](*tensors, K, H, hidden_act, **config)

@@ -12,26 +12,13 @@ anybody knows dxhat: sum_t dxhat = sum_c weight[c] * sum_t dlogits[t, c], sum_t 
 dweight[c]. Neither xhat nor dxhat, both [T, H], is ever in memory.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_moe.ops._triton.launch import FLOAT32_TILE, Tile
 from flash_moe.ops._triton.math import dot, round_for
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows and columns of the result that a program computes, and how much of the contracted dimension a step takes."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
 
 # A program takes few columns, and as a rule all tokens: no partial sums to combine, no counter of arrivals to clear.
 # Where that gives too few programs to keep memory busy, tokens are cut into chunks of at least STATISTICS_MIN_CHUNK.
@@ -49,7 +36,6 @@ MIN_PROGRAMS = 96
 FORWARD_TILES = (Tile(64, 128, 128, 4, 3), Tile(64, 32, 128, 4, 3), Tile(16, 32, 128, 4, 3))
 DX_TILES = (Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3))
 DWEIGHT_TILE = Tile(128, 128, 64, 8, 3)
-FLOAT32_TILE = Tile(32, 64, 32, 4, 2)
 # Splits of the tokens: as many as fill an H200, of 132 SMs, once, but none of fewer tokens than MIN_SPLIT.
 SPLIT_PROGRAMS, MIN_SPLIT = 128, 256
 ADD_BLOCK_C, ADD_BLOCK_H, ADD_BLOCK_S, ADD_WARPS = 256, 8, 32, 8
@@ -87,34 +73,6 @@ def _combine(means, squares, count, num_rows):
 
 
 @triton.jit
-def _store_statistics(
-    mean,
-    squares,
-    mean_ptr,
-    variance_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    num_batches_tracked_ptr,
-    h,
-    T,
-    H,
-    momentum,
-    IS_UPDATE: tl.constexpr,
-):
-    tl.store(mean_ptr + h, mean, mask=h < H)
-    tl.store(variance_ptr + h, squares / T, mask=h < H)
-    if IS_UPDATE:
-        running_mean = tl.load(running_mean_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-        running_var = tl.load(running_var_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-        running_mean = (1.0 - momentum) * running_mean + momentum * mean
-        running_var = (1.0 - momentum) * running_var + momentum * (squares / (T - 1))
-        tl.store(running_mean_ptr + h, round_for(running_mean_ptr, running_mean), mask=h < H)
-        tl.store(running_var_ptr + h, round_for(running_var_ptr, running_var), mask=h < H)
-        if tl.program_id(0) == 0:
-            tl.store(num_batches_tracked_ptr, tl.load(num_batches_tracked_ptr) + 1)
-
-
-@triton.jit
 def _statistics_kernel(
     x_ptr,
     mean_ptr,
@@ -141,27 +99,14 @@ def _statistics_kernel(
     first_t = chunk * CHUNK
     num_rows = tl.minimum(CHUNK, T - first_t)
     mean, squares = _moments(x_ptr + first_t.to(tl.int64) * H, h, H, num_rows, BLOCK_T, NUM_STAGES)
-    if MAX_CHUNKS == 1:
-        _store_statistics(
-            mean,
-            squares,
-            mean_ptr,
-            variance_ptr,
-            running_mean_ptr,
-            running_var_ptr,
-            num_batches_tracked_ptr,
-            h,
-            T,
-            H,
-            momentum,
-            IS_UPDATE,
-        )
-    else:
+    is_last = chunk == num_chunks - 1
+    if MAX_CHUNKS > 1:
         tl.store(partials_ptr + 2 * chunk * H + h, mean, mask=h < H)
         tl.store(partials_ptr + (2 * chunk + 1) * H + h, squares, mask=h < H)
         tl.debug_barrier()  # every thread has stored its part before the program arrives
         arrived = tl.atomic_add(arrivals_ptr + tl.program_id(0), 1, sem="acq_rel")
-        if arrived == num_chunks - 1:
+        is_last = arrived == num_chunks - 1
+        if is_last:
             part = tl.arange(0, MAX_CHUNKS)
             mask = (part < num_chunks)[:, None] & (h < H)[None, :]
             offs = 2 * part[:, None] * H + h[None, :]
@@ -169,21 +114,19 @@ def _statistics_kernel(
             means = tl.load(partials_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg")
             part_squares = tl.load(partials_ptr + offs + H, mask=mask, other=0.0, cache_modifier=".cg")
             count = tl.maximum(tl.minimum(T - part * CHUNK, CHUNK), 0).to(tl.float32)[:, None]
-            all_mean, all_squares = _combine(means, part_squares, count, T)
-            _store_statistics(
-                all_mean,
-                all_squares,
-                mean_ptr,
-                variance_ptr,
-                running_mean_ptr,
-                running_var_ptr,
-                num_batches_tracked_ptr,
-                h,
-                T,
-                H,
-                momentum,
-                IS_UPDATE,
-            )
+            mean, squares = _combine(means, part_squares, count, T)
+    if is_last:
+        tl.store(mean_ptr + h, mean, mask=h < H)
+        tl.store(variance_ptr + h, squares / T, mask=h < H)
+        if IS_UPDATE:
+            running_mean = tl.load(running_mean_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+            running_var = tl.load(running_var_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+            running_mean = (1.0 - momentum) * running_mean + momentum * mean
+            running_var = (1.0 - momentum) * running_var + momentum * (squares / (T - 1))
+            tl.store(running_mean_ptr + h, round_for(running_mean_ptr, running_mean), mask=h < H)
+            tl.store(running_var_ptr + h, round_for(running_var_ptr, running_var), mask=h < H)
+            if tl.program_id(0) == 0:
+                tl.store(num_batches_tracked_ptr, tl.load(num_batches_tracked_ptr) + 1)
 
 
 @triton.jit

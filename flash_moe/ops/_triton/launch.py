@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -32,6 +33,20 @@ class Entry(NamedTuple):
     sizes: Sizes
     config: Config
 
+
+@dataclass(frozen=True)
+class Tile:
+    """Of a product: rows and columns that a program computes, and how much of the contracted dimension a step takes."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# float32 does without tensor cores.
+FLOAT32_TILE = Tile(32, 64, 32, 4, 2)
 
 Table = Mapping[str, tuple[Entry, ...]]
 """Of each kernel its entries, one or more."""
