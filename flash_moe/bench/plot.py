@@ -46,7 +46,7 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
             if figure is not None:
                 figure.suptitle(f"{op}, {device}")
                 path = folder / f"{_slug(op)}_{_slug(device)}_{name}.png"
-                figure.savefig(path, dpi=150, format="png")
+                figure.savefig(path, dpi=110, format="png")
                 drawn.append(path)
     return drawn
 
