@@ -204,8 +204,8 @@ def _check_execution(x: Tensor, backend: str, policy: str, trace: object) -> Non
         raise TypeError(f"trace: expected a Trace or None; got {type(trace).__name__}")
     if backend == "triton" and (reason := why_not_triton(x.device.type)):
         raise ValueError(f"backend: triton cannot run here: {reason}")
-    if backend in ("reference", "triton") or x.device.type != "cpu":
-        where = f'backend="{backend}"' if backend in ("reference", "triton") else f"device {x.device}"
+    if backend == "reference" or (backend != "triton" and x.device.type != "cpu"):
+        where = f'backend="{backend}"' if backend == "reference" else f"device {x.device}"
         if policy != "auto":
             raise ValueError(f"policy: expected 'auto' with {where}, which runs no schedule; got {policy!r}")
         if trace is not None:

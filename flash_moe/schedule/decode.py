@@ -6,7 +6,7 @@ Which experts are hit is known only once the tokens are routed, on the device. S
 is the i-th distinct expert hit, in ascending order of expert ids. There are S = min(E, P) of them, and the tasks of
 slots beyond those hit are skipped. The shared expert, which needs no routing, is slot ``SHARED``.
 
-    ROUTE     logits of a few experts, all tokens                        waits for nothing
+    ROUTE     logits of a few experts, a few tokens                     waits for nothing
     SELECT    experts and weights of a few tokens                        waits for every ROUTE
     GATE_UP   act(gate) * up, a few of the I columns of a slot           waits for every SELECT (SHARED: for nothing)
     DOWN      down product, a few of the H columns of a slot             waits for every GATE_UP of its slot
@@ -190,9 +190,9 @@ class _Maker:
         self.select_tiles = _cut(sizes.T, tiles.select_tokens)
 
     def head(self) -> list[Task]:
-        experts = _cut(self.sizes.E, self.tiles.route_experts)
-        tasks: list[Task] = [Route(*tile, Need(), ROUTED) for tile in experts]
-        need = Need(ROUTED, len(experts))
+        experts, tokens = _cut(self.sizes.E, self.tiles.route_experts), _cut(self.sizes.T, self.tiles.route_tokens)
+        tasks: list[Task] = [Route(*tile, Need(), ROUTED, NO_SLOT, *some) for some in tokens for tile in experts]
+        need = Need(ROUTED, len(tasks))
         tasks += [Select(0, self.sizes.E, need, SELECTED, NO_SLOT, *tokens) for tokens in self.select_tiles]
         return tasks + (self._gate_ups(SHARED, 0) if self.has_shared else [])
 

@@ -69,6 +69,7 @@ class Tiles:
     """How much one task does, along the dimension that its kind is cut in."""
 
     route_experts: int = 1
+    route_tokens: int = 16
     select_tokens: int = 8
     gate_up_columns: int = 32
     down_columns: int = 64
@@ -161,14 +162,16 @@ class Task:
 
 
 class Route(Task):
-    """Router logits of experts ``[begin, end)`` for all tokens."""
+    """Router logits of experts ``[begin, end)`` for tokens ``[first_token, end_token)``."""
 
     kind = Kind.ROUTE
 
     def cost(self, sizes: Sizes, tokens: int) -> Cost:
-        T, H, weights = sizes.T, sizes.H, self.width * sizes.H * sizes.router_itemsize
-        cached = T * H * sizes.itemsize + T * self.width * sizes.router_itemsize
-        return Cost(weights, cached, 2 * T * H * self.width)
+        rows, H = self.end_token - self.first_token, sizes.H
+        weights = self.width * H * sizes.router_itemsize
+        cached = rows * (H * sizes.itemsize + self.width * sizes.router_itemsize)
+        is_first = self.first_token == 0  # later tokens find the weights in the cache
+        return Cost(weights * is_first, cached + weights * (not is_first), 2 * rows * H * self.width)
 
 
 class Select(Task):

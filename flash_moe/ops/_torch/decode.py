@@ -19,7 +19,7 @@ from flash_moe.schedule.trace import Trace
 # The interpreter's grid, and tiles that are few, since each costs a few PyTorch calls, but several a slot.
 NUM_PROGRAMS = 8
 CPU_TILES = Tiles(
-    route_experts=32, select_tokens=16, gate_up_columns=256, down_columns=512, combine_tokens=64, combine_columns=1024,
+    route_experts=32, route_tokens=128, select_tokens=16, gate_up_columns=256, down_columns=512, combine_tokens=64, combine_columns=1024,
     lead=2,
 )  # fmt: skip
 # Elements of the weights that are gathered or widened at a time on a GPU, 512 MiB of float32.
@@ -94,8 +94,8 @@ class Interpreter:
         return self.slots
 
     def _route(self, slot: int, experts: slice, tokens: slice) -> None:
-        logits = F.linear(self.x, self.layer.router_weight[experts].float())
-        self.logits[:, experts] = logits.to(self.logits.dtype)
+        logits = F.linear(self.x[tokens], self.layer.router_weight[experts].float())
+        self.logits[tokens, experts] = logits.to(self.logits.dtype)
 
     def _select(self, slot: int, columns: slice, tokens: slice) -> None:
         self.weights[tokens], self.indices[tokens] = select_experts(self.logits[tokens], self.layer.routing)

@@ -1,0 +1,141 @@
+"""The experts' tasks in the kernel of flash_decode: tiles of the two products, and the weighted sum.
+
+H hidden size, I intermediate size, N tokens of one expert. Weights go through tensor cores as ``[rows, columns]`` times
+``[columns, N]``: each is read once for all tokens of its expert. Activated rows and products are those of pair
+t * K + k; a row begins a cache line, so that no line holds what two programs write at different times.
+"""
+
+import triton
+import triton.language as tl
+
+from flash_moe._moe_layer import SCALE_BLOCK
+from flash_moe.ops._triton.math import activation, dot, round_for
+
+BLOCK_OF_SCALE = tl.constexpr(SCALE_BLOCK)
+
+
+@triton.jit
+def _times(weights, x, sums, scale_ptr, row, column, C: tl.constexpr, SCALE: tl.constexpr):
+    """sums + weights @ x; a scale of a block of 128 x 128 goes with each step, one of a row does not."""
+    if SCALE == "none":
+        sums = dot(weights, x, sums)
+    elif SCALE == "row":
+        sums = dot(weights.to(x.dtype), x, sums)  # exact: float8 fits both 16-bit dtypes
+    else:
+        per_row = (C + BLOCK_OF_SCALE - 1) // BLOCK_OF_SCALE
+        scale = tl.load(scale_ptr + row // BLOCK_OF_SCALE * per_row + column // BLOCK_OF_SCALE)
+        sums += dot(weights.to(x.dtype), x, tl.zeros_like(sums)) * scale[:, None]
+    return sums
+
+
+@triton.jit
+def gate_up(
+    x_ptr,
+    gate_ptr,
+    up_ptr,
+    gate_scale_ptr,
+    activated_ptr,
+    begin,
+    end,
+    tokens,
+    pairs,
+    is_token,
+    first_up_row,
+    STRIDE,
+    H: tl.constexpr,
+    HIDDEN_ACT: tl.constexpr,
+    SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """act(gate x) * up x for rows ``[begin, end)`` of both."""
+    i = begin + tl.arange(0, ROWS)
+    row = tl.minimum(i, end - 1)
+    gate, up = tl.zeros([ROWS, N], tl.float32), tl.zeros([ROWS, N], tl.float32)
+    for first in tl.range(0, H, BLOCK_H, num_stages=STAGES):
+        h = first + tl.arange(0, BLOCK_H)
+        mask = (i < end)[:, None] & (h < H)[None, :]
+        gate_weights = tl.load(gate_ptr + row[:, None] * H + h[None, :], mask=mask, other=0.0)
+        up_weights = tl.load(up_ptr + row[:, None] * H + h[None, :], mask=mask, other=0.0)
+        mask = is_token[None, :] & (h < H)[:, None]
+        x = tl.load(x_ptr + tokens[None, :] * H + h[:, None], mask=mask, other=0.0)
+        gate = _times(gate_weights, x, gate, gate_scale_ptr, row, first, H, SCALE)
+        up = _times(up_weights, x, up, gate_scale_ptr, first_up_row + row, first, H, SCALE)
+    if SCALE == "row":
+        gate *= tl.load(gate_scale_ptr + row)[:, None]
+        up *= tl.load(gate_scale_ptr + first_up_row + row)[:, None]
+    activated = round_for(activated_ptr, activation(gate, HIDDEN_ACT) * up)
+    mask = (i < end)[:, None] & is_token[None, :]
+    tl.store(activated_ptr + pairs[None, :] * STRIDE + i[:, None], activated, mask=mask)
+
+
+@triton.jit
+def down(
+    down_ptr,
+    scale_ptr,
+    activated_ptr,
+    products_ptr,
+    begin,
+    end,
+    pairs,
+    is_token,
+    weights,
+    STRIDE,
+    PRODUCT_STRIDE,
+    I: tl.constexpr,
+    SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Weighted products of rows ``[begin, end)`` of one expert, in float32."""
+    h = begin + tl.arange(0, ROWS)
+    row = tl.minimum(h, end - 1)
+    sums = tl.zeros([ROWS, N], tl.float32)
+    for first in tl.range(0, I, BLOCK_I, num_stages=STAGES):
+        i = first + tl.arange(0, BLOCK_I)
+        mask = (h < end)[:, None] & (i < I)[None, :]
+        down_weights = tl.load(down_ptr + row[:, None] * I + i[None, :], mask=mask, other=0.0)
+        mask = is_token[None, :] & (i < I)[:, None]
+        # Past the L1 cache, which knows nothing of other multiprocessors' stores.
+        at = activated_ptr + pairs[None, :] * STRIDE + i[:, None]
+        activated = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+        sums = _times(down_weights, activated, sums, scale_ptr, row, first, I, SCALE)
+    if SCALE == "row":
+        sums *= tl.load(scale_ptr + row)[:, None]
+    mask = (h < end)[:, None] & is_token[None, :]
+    tl.store(products_ptr + pairs[None, :] * PRODUCT_STRIDE + h[:, None], sums * weights[None, :], mask=mask)
+
+
+@triton.jit
+def combine(
+    products_ptr,
+    weights_ptr,
+    out_ptr,
+    begin,
+    end,
+    first_token,
+    end_token,
+    T,
+    PRODUCT_STRIDE,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Output columns ``[begin, end)``: a token's pairs in ascending order of their experts, then the shared expert."""
+    t, h = first_token + tl.arange(0, TOKENS), begin + tl.arange(0, COLUMNS)
+    mask = (t < end_token)[:, None] & (h < end)[None, :]
+    out = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    for k in tl.static_range(K):
+        at = products_ptr + (t * K + k)[:, None] * PRODUCT_STRIDE + h[None, :]
+        out += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+    if HAS_SHARED:
+        weights = tl.load(weights_ptr + T * K + t, mask=t < end_token, other=0.0, cache_modifier=".cg")
+        at = products_ptr + (T * K + t)[:, None] * PRODUCT_STRIDE + h[None, :]
+        out += weights[:, None] * tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+    tl.store(out_ptr + t[:, None] * H + h[None, :], round_for(out_ptr, out), mask=mask)

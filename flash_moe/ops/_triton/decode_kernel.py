@@ -1,0 +1,335 @@
+"""The one launch of flash_decode: persistent programs that take tasks of the schedule, as one of three policies says.
+
+The tasks, their order and what they wait for are the integers of ``Schedule.serialize``; how n-th live tasks, counters
+and lists of released tasks are read is said there. In an interpreter programs run one after another, so there is one,
+and it takes all tasks in the order of the table, under any policy.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+from flash_moe.ops._triton.counters import LINE, arrive, wait
+from flash_moe.ops._triton.decode_experts import combine, down, gate_up
+from flash_moe.ops._triton.decode_routing import find_slots, num_takers, route, select, takers_of
+from flash_moe.schedule.decode import ROUTED, SELECTED
+from flash_moe.schedule.tasks import SHARED, TASK_WORDS, Kind
+
+# Counters in the order of the schedule's, after those of the policies.
+TICKET, LEFT, READY, NUM_OWN = (tl.constexpr(i) for i in range(4))
+ALL_SELECTED = tl.constexpr(NUM_OWN.value + SELECTED)
+SHARED_SLOT = tl.constexpr(SHARED)
+WORDS_OF_TASK = tl.constexpr(len(TASK_WORDS))
+IS_ROUTE, IS_SELECT, IS_GATE_UP, IS_DOWN, IS_COMBINE = (tl.constexpr(int(kind)) for kind in Kind)
+# An order to stop, and a list's place that is still empty.
+STOP, NOTHING = tl.constexpr(-1), tl.constexpr(0)
+# Tokens of an expert at once, most often.
+FEW = tl.constexpr(16)
+# Of more tokens, shorter pieces: their rows take as much shared memory as the weights.
+MANY_BLOCK, MANY_STAGES = tl.constexpr(64), tl.constexpr(3)
+
+
+@triton.jit
+def _now(TRACE: tl.constexpr):
+    return globaltimer() if TRACE else 0
+
+
+@triton.jit
+def _record(trace_ptr, events, what, start, TRACE: tl.constexpr):
+    """What a program did from ``start`` until now: a task's place in the table, or -1 - counter for a wait."""
+    if TRACE:
+        tl.store(trace_ptr + events * 3, what)
+        tl.store(trace_ptr + events * 3 + 1, start)
+        tl.store(trace_ptr + events * 3 + 2, globaltimer())
+    return events + 1
+
+
+@triton.jit
+def _step_at(step, slots, num_head, gate_up_tiles, down_tiles, lead):
+    return num_head + tl.minimum(step, slots) * gate_up_tiles + tl.maximum(step - lead, 0) * down_tiles
+
+
+@triton.jit
+def _nth_live(n, hits, slots, num_head, num_tail, gate_up_tiles, down_tiles, lead):
+    """The place of the n-th task that is not skipped; ``Schedule.nth_live`` says why."""
+    if n < num_head:
+        place = n
+    else:
+        n -= num_head
+        both, tiles = tl.maximum(hits - lead, 0), gate_up_tiles + down_tiles
+        alone = tl.minimum(lead, hits) * gate_up_tiles
+        end = _step_at(slots + lead, slots, num_head, gate_up_tiles, down_tiles, lead)
+        if n >= hits * tiles:
+            place = end + n - hits * tiles
+        elif n < alone:
+            at = _step_at(n // gate_up_tiles, slots, num_head, gate_up_tiles, down_tiles, lead)
+            place = at + n % gate_up_tiles
+        elif n - alone < both * tiles:
+            n -= alone
+            at = _step_at(lead + n // tiles, slots, num_head, gate_up_tiles, down_tiles, lead)
+            place = at + n % tiles
+        else:
+            n -= alone + both * tiles
+            step = tl.maximum(lead, hits) + n // down_tiles
+            at = _step_at(step, slots, num_head, gate_up_tiles, down_tiles, lead)
+            place = at + tl.where(step < slots, gate_up_tiles, 0) + n % down_tiles
+    return place
+
+
+@triton.jit
+def _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, NUM: tl.constexpr, BLOCK: tl.constexpr,
+           NUM_TAKERS: tl.constexpr, BLOCK_TAKERS: tl.constexpr):  # fmt: skip
+    """Whoever leaves last zeroes what the next call counts in: all have arrived, and nobody waits any more."""
+    if polls_left <= 0:
+        tl.store(flag_ptr, 1)
+    left = tl.atomic_add(counters_ptr + LEFT * LINE, 1, sem="acq_rel")
+    if left == tl.num_programs(0) - 1:
+        counter, word = tl.arange(0, BLOCK), tl.arange(0, BLOCK_TAKERS)
+        tl.store(counters_ptr + counter * LINE, tl.zeros([BLOCK], tl.int32), mask=counter < NUM)
+        tl.store(takers_ptr + word, tl.zeros([BLOCK_TAKERS], tl.int32), mask=word < NUM_TAKERS)
+
+
+@triton.jit
+def decode_kernel(
+    x_ptr,
+    router_ptr,
+    gate_up_ptr,
+    down_ptr,
+    bias_ptr,
+    shared_gate_ptr,
+    shared_up_ptr,
+    shared_down_ptr,
+    shared_expert_gate_ptr,
+    gate_up_scale_ptr,
+    down_scale_ptr,
+    logits_ptr,
+    out_ptr,
+    tasks_ptr,
+    counters_ptr,
+    flag_ptr,
+    takers_ptr,
+    pairs_ptr,
+    weights_ptr,
+    keys_ptr,
+    slots_ptr,
+    activated_ptr,
+    products_ptr,
+    trace_ptr,
+    factor,
+    max_polls,
+    T,
+    S,
+    num_selects,
+    num_head,
+    num_tail,
+    gate_up_tiles,
+    down_tiles,
+    lead,
+    ACTIVATED_STRIDE,
+    PRODUCT_STRIDE,
+    max_events,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    SHARED_I: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    SCORING: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BEST_GROUPS: tl.constexpr,
+    HIDDEN_ACT: tl.constexpr,
+    GATE_UP_SCALE: tl.constexpr,
+    DOWN_SCALE: tl.constexpr,
+    HAS_SHARED_GATE: tl.constexpr,
+    POLICY: tl.constexpr,
+    TRACE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    WORDS: tl.constexpr,
+    NUM_COUNTERS: tl.constexpr,
+    ROUTE_EXPERTS: tl.constexpr,
+    ROUTE_TOKENS: tl.constexpr,
+    ROUTE_H: tl.constexpr,
+    GATE_UP_ROWS: tl.constexpr,
+    DOWN_ROWS: tl.constexpr,
+    COMBINE_COLUMNS: tl.constexpr,
+    COMBINE_TOKENS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    BLOCK_COUNTERS: tl.constexpr,
+    BLOCK_TAKERS: tl.constexpr,
+):
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    keys_ptr += program * (2 * BLOCK_E)
+    slots_ptr += program * E
+    trace_ptr += program * (max_events * 3)
+    polls_left, hits, events = max_polls, -1, 0
+    live = 2**31 - 1  # until the slots are known
+    n = program
+    if POLICY == "queue":
+        n = tl.atomic_add(counters_ptr + TICKET * LINE, 1, sem="relaxed")
+    while n < live:
+        if (n >= num_head) & (hits < 0):
+            start = _now(TRACE)
+            polls_left = wait(counters_ptr + ALL_SELECTED * LINE, num_selects, polls_left)
+            events = _record(trace_ptr, events, -1 - (ALL_SELECTED - NUM_OWN), start, TRACE)
+            hits = find_slots(takers_ptr, slots_ptr, E, WORDS, BLOCK_E)
+            live = num_head + hits * (gate_up_tiles + down_tiles) + num_tail
+        following = n + num_programs
+        if POLICY == "queue":
+            following = tl.atomic_add(counters_ptr + TICKET * LINE, 1, sem="relaxed")
+        if n < live:
+            index = _nth_live(n, hits, S, num_head, num_tail, gate_up_tiles, down_tiles, lead)
+            task_ptr = tasks_ptr + index * WORDS_OF_TASK
+            kind, slot = tl.load(task_ptr), tl.load(task_ptr + 1)
+            begin, end = tl.load(task_ptr + 2), tl.load(task_ptr + 3)
+            first_token, end_token = tl.load(task_ptr + 4), tl.load(task_ptr + 5)
+            counter, fixed, per_hit = tl.load(task_ptr + 6), tl.load(task_ptr + 7), tl.load(task_ptr + 8)
+            signals = tl.load(task_ptr + 9)
+            if counter >= 0:
+                start = _now(TRACE)
+                required = fixed + per_hit * tl.maximum(hits, 0)
+                polls_left = wait(counters_ptr + (NUM_OWN + counter) * LINE, required, polls_left)
+                events = _record(trace_ptr, events, -1 - counter, start, TRACE)
+            start = _now(TRACE)
+            if kind == IS_ROUTE:
+                route(x_ptr, router_ptr, logits_ptr, begin, end, first_token, end_token, H, E, ROUTE_EXPERTS,
+                      ROUTE_TOKENS, ROUTE_H)  # fmt: skip
+            elif kind == IS_SELECT:
+                for token in range(first_token, end_token):
+                    select(logits_ptr, bias_ptr, keys_ptr, pairs_ptr, weights_ptr, takers_ptr, token, factor, E, K,
+                           WORDS, SCORING, HAS_BIAS, NORM, GROUPS, BEST_GROUPS, BLOCK_E, RANK_BLOCK)  # fmt: skip
+                    if SHARED_I > 0:
+                        _weigh_shared(x_ptr, shared_expert_gate_ptr, weights_ptr + T * K, token, H, HAS_SHARED_GATE,
+                                      ROUTE_H)  # fmt: skip
+            elif kind == IS_COMBINE:
+                combine(products_ptr, weights_ptr, out_ptr, begin, end, first_token, end_token, T, PRODUCT_STRIDE, H,
+                        K, SHARED_I > 0, COMBINE_COLUMNS, COMBINE_TOKENS)  # fmt: skip
+            elif kind == IS_GATE_UP:
+                if SHARED_I > 0 and slot == SHARED_SLOT:
+                    _shared_gate_up(x_ptr, shared_gate_ptr, shared_up_ptr, activated_ptr, begin, end, T, K,
+                                    ACTIVATED_STRIDE, H, HIDDEN_ACT, GATE_UP_ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
+                else:
+                    _routed_gate_up(x_ptr, gate_up_ptr, gate_up_scale_ptr, activated_ptr, takers_ptr, pairs_ptr,
+                                    slots_ptr, slot, begin, end, ACTIVATED_STRIDE, H, I, E, K, HIDDEN_ACT,
+                                    GATE_UP_SCALE, GATE_UP_ROWS, WORDS, BLOCK_T, BLOCK_H, STAGES)  # fmt: skip
+            else:
+                if SHARED_I > 0 and slot == SHARED_SLOT:
+                    _shared_down(shared_down_ptr, activated_ptr, products_ptr, begin, end, T, K, ACTIVATED_STRIDE,
+                                 PRODUCT_STRIDE, SHARED_I, DOWN_ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
+                else:
+                    _routed_down(down_ptr, down_scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr,
+                                 pairs_ptr, slots_ptr, slot, begin, end, ACTIVATED_STRIDE, PRODUCT_STRIDE, H, I, E, K,
+                                 DOWN_SCALE, DOWN_ROWS, WORDS, BLOCK_T, BLOCK_I, STAGES)  # fmt: skip
+            arrive(counters_ptr + (NUM_OWN + signals) * LINE)
+            events = _record(trace_ptr, events, index, start, TRACE)
+        n = following
+    _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, NUM_COUNTERS, BLOCK_COUNTERS, E * WORDS, BLOCK_TAKERS)
+
+
+@triton.jit
+def _weigh_shared(x_ptr, gate_ptr, weights_ptr, token, H: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK: tl.constexpr):
+    weight = 1.0
+    if HAS_GATE:
+        products = tl.zeros([BLOCK], tl.float32)
+        for first in tl.range(0, H, BLOCK):
+            h = first + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + token * H + h, mask=h < H, other=0.0).to(tl.float32)
+            products += x * tl.load(gate_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+        weight = tl.sigmoid(tl.sum(products, 0))
+    tl.store(weights_ptr + token, weight)
+
+
+@triton.jit
+def _routed_gate_up(
+    x_ptr, gate_up_ptr, scale_ptr, activated_ptr, takers_ptr, pairs_ptr, slots_ptr, slot, begin, end, STRIDE,
+    H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, HIDDEN_ACT: tl.constexpr, SCALE: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    e = tl.load(slots_ptr + slot)
+    if (BLOCK_T <= FEW) or (num_takers(takers_ptr, e, WORDS, BLOCK_T) <= FEW):
+        _gate_up_of(x_ptr, gate_up_ptr, scale_ptr, activated_ptr, takers_ptr, pairs_ptr, e, begin, end, STRIDE, H, I,
+                    E, K, HIDDEN_ACT, SCALE, ROWS, FEW, WORDS, BLOCK_T, BLOCK_H, STAGES)  # fmt: skip
+    else:
+        _gate_up_of(x_ptr, gate_up_ptr, scale_ptr, activated_ptr, takers_ptr, pairs_ptr, e, begin, end, STRIDE, H, I,
+                    E, K, HIDDEN_ACT, SCALE, ROWS, BLOCK_T, WORDS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
+
+
+@triton.jit
+def _gate_up_of(
+    x_ptr, gate_up_ptr, scale_ptr, activated_ptr, takers_ptr, pairs_ptr, e, begin, end, STRIDE, H: tl.constexpr,
+    I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, HIDDEN_ACT: tl.constexpr, SCALE: tl.constexpr,
+    ROWS: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    gate_ptr = gate_up_ptr + e.to(tl.int64) * (2 * I * H)
+    if SCALE != "none":
+        scale_ptr += e * _num_scales(2 * I, H, SCALE)
+    tokens, is_token = takers_of(takers_ptr, e, N, WORDS, BLOCK_T)
+    pairs = tokens * K + tl.load(pairs_ptr + tokens * E + e, mask=is_token, other=0, cache_modifier=".cg")
+    gate_up(x_ptr, gate_ptr, gate_ptr + I * H, scale_ptr, activated_ptr, begin, end, tokens, pairs, is_token, I,
+            STRIDE, H, HIDDEN_ACT, SCALE, ROWS, N, BLOCK_H, STAGES)  # fmt: skip
+
+
+@triton.jit
+def _routed_down(
+    down_ptr, scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr, pairs_ptr, slots_ptr, slot, begin, end,
+    STRIDE, PRODUCT_STRIDE, H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    e = tl.load(slots_ptr + slot)
+    if (BLOCK_T <= FEW) or (num_takers(takers_ptr, e, WORDS, BLOCK_T) <= FEW):
+        _down_of(down_ptr, scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr, pairs_ptr, e, begin, end,
+                 STRIDE, PRODUCT_STRIDE, H, I, E, K, SCALE, ROWS, FEW, WORDS, BLOCK_T, BLOCK_I, STAGES)  # fmt: skip
+    else:
+        _down_of(down_ptr, scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr, pairs_ptr, e, begin, end,
+                 STRIDE, PRODUCT_STRIDE, H, I, E, K, SCALE, ROWS, BLOCK_T, WORDS, BLOCK_T, MANY_BLOCK,
+                 MANY_STAGES)  # fmt: skip
+
+
+@triton.jit
+def _down_of(
+    down_ptr, scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr, pairs_ptr, e, begin, end, STRIDE,
+    PRODUCT_STRIDE, H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
+    ROWS: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    down_ptr += e.to(tl.int64) * (H * I)
+    if SCALE != "none":
+        scale_ptr += e * _num_scales(H, I, SCALE)
+    tokens, is_token = takers_of(takers_ptr, e, N, WORDS, BLOCK_T)
+    pairs = tokens * K + tl.load(pairs_ptr + tokens * E + e, mask=is_token, other=0, cache_modifier=".cg")
+    weights = tl.load(weights_ptr + pairs, mask=is_token, other=0.0, cache_modifier=".cg")
+    down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, pairs, is_token, weights, STRIDE,
+         PRODUCT_STRIDE, I, SCALE, ROWS, N, BLOCK_I, STAGES)  # fmt: skip
+
+
+@triton.jit
+def _num_scales(R: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr):
+    if SCALE == "block":
+        return ((R + 127) // 128) * ((C + 127) // 128)
+    return R
+
+
+@triton.jit
+def _shared_gate_up(
+    x_ptr, gate_ptr, up_ptr, activated_ptr, begin, end, T, K: tl.constexpr, STRIDE, H: tl.constexpr,
+    HIDDEN_ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    t = tl.arange(0, BLOCK_T)
+    gate_up(x_ptr, gate_ptr, up_ptr, x_ptr, activated_ptr, begin, end, t, T * K + t, t < T, 0, STRIDE, H, HIDDEN_ACT,
+            "none", ROWS, BLOCK_T, BLOCK_H, STAGES)  # fmt: skip
+
+
+@triton.jit
+def _shared_down(
+    down_ptr, activated_ptr, products_ptr, begin, end, T, K: tl.constexpr, STRIDE, PRODUCT_STRIDE,
+    SHARED_I: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Not weighted yet: it may run before the router."""
+    t, ones = tl.arange(0, BLOCK_T), tl.full([BLOCK_T], 1.0, tl.float32)
+    down(down_ptr, down_ptr, activated_ptr, products_ptr, begin, end, T * K + t, t < T, ones, STRIDE,
+         PRODUCT_STRIDE, SHARED_I, "none", ROWS, BLOCK_T, BLOCK_I, STAGES)  # fmt: skip

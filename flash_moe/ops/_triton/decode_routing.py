@@ -1,0 +1,216 @@
+"""Routing in the kernel of flash_decode: logits, the choice of K experts a token, and who was chosen by whom.
+
+T tokens, H hidden size, E experts, K experts a token. Which experts a token takes is told twice: ``pairs [T, E]`` has,
+where expert e is taken, its place k among the token's experts in ascending order of ids, and ``takers [E, WORDS]`` has
+a bit for each token. ``weights [T * K]`` are those of pair t * K + k.
+"""
+
+import triton
+import triton.language as tl
+
+from flash_moe._moe_layer import TINY
+from flash_moe.ops._triton.math import accurate_exp, dot, round_for
+
+# Below every logit, and finite: a token of NaNs would subtract infinities.
+NO_LOGIT = tl.constexpr(-3.4e38)
+SMALLEST_KEY = tl.constexpr(-(2**31))
+LARGEST_KEY = tl.constexpr(2**31 - 1)
+TINY_SUM = tl.constexpr(TINY)
+
+
+@triton.jit
+def route(
+    x_ptr,
+    router_ptr,
+    logits_ptr,
+    begin,
+    end,
+    first_token,
+    end_token,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Logits of experts ``[begin, end)``: of one by sums, of several by a matrix product."""
+    e, t = begin + tl.arange(0, EXPERTS), first_token + tl.arange(0, TOKENS)
+    weights_ptr, tokens_ptr = router_ptr + e * H, x_ptr + t.to(tl.int64) * H
+    if EXPERTS == 1:
+        products = tl.zeros([TOKENS, BLOCK_H], tl.float32)
+        for first in tl.range(0, H, BLOCK_H, num_stages=3):
+            h = first + tl.arange(0, BLOCK_H)
+            weights = tl.load(weights_ptr[:, None] + h[None, :], mask=(h < H)[None, :], other=0.0)
+            x = tl.load(tokens_ptr[:, None] + h[None, :], mask=(t < end_token)[:, None] & (h < H)[None, :], other=0.0)
+            products += weights.to(tl.float32) * x.to(tl.float32)
+        logits = tl.sum(products, 1)[:, None]
+    else:
+        logits = tl.zeros([TOKENS, EXPERTS], tl.float32)
+        for first in tl.range(0, H, BLOCK_H, num_stages=3):
+            h = first + tl.arange(0, BLOCK_H)
+            mask = (e < end)[None, :] & (h < H)[:, None]
+            weights = tl.load(weights_ptr[None, :] + h[:, None], mask=mask, other=0.0)
+            x = tl.load(tokens_ptr[:, None] + h[None, :], mask=(t < end_token)[:, None] & (h < H)[None, :], other=0.0)
+            logits = dot(x.to(weights.dtype), weights, logits)
+    mask = (t < end_token)[:, None] & (e < end)[None, :]
+    tl.store(logits_ptr + t[:, None] * E + e[None, :], round_for(logits_ptr, logits), mask=mask)
+
+
+@triton.jit
+def _score(logits, largest, total, SCORING: tl.constexpr):
+    if SCORING == "softmax":
+        return accurate_exp(logits - largest) / total
+    small = accurate_exp(-tl.abs(logits))  # of either sign: an exponential that cannot overflow
+    return tl.where(logits >= 0.0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def _key(x):
+    """int32 that sort as float32 does, NaN the largest."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
+    return tl.where(x == x, tl.where(bits < 0, bits ^ LARGEST_KEY, bits), LARGEST_KEY)
+
+
+@triton.jit
+def _above(others, other, keys, e):
+    """[others, experts]: whether the other's key is larger, or equal with a lower id."""
+    others, other = others[:, None], other[:, None]
+    return (others > keys[None, :]) | ((others == keys[None, :]) & (other < e[None, :]))
+
+
+@triton.jit
+def _ranks(keys, e, keys_ptr, BLOCK_E: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """How many stand above each expert. Many keys go through memory of the program's own, a block at a time."""
+    if RANK_BLOCK == BLOCK_E:
+        return tl.sum(_above(keys, e, keys, e).to(tl.int32), 0)
+    tl.store(keys_ptr + e, keys)
+    tl.debug_barrier()  # all keys are there before any thread reads
+    ranks = tl.zeros([BLOCK_E], tl.int32)
+    for first in tl.range(0, BLOCK_E, RANK_BLOCK):
+        other = first + tl.arange(0, RANK_BLOCK)
+        ranks += tl.sum(_above(tl.load(keys_ptr + other), other, keys, e).to(tl.int32), 0)
+    tl.debug_barrier()  # all have read before other keys are there
+    return ranks
+
+
+@triton.jit
+def _keep_best_groups(
+    keys, ranked, e, keys_ptr, E: tl.constexpr, GROUPS: tl.constexpr, BEST: tl.constexpr, BLOCK_E: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The keys, but the smallest one outside the groups whose two best have the largest sums."""
+    group = e // (E // GROUPS)
+    sums_ptr = keys_ptr + BLOCK_E
+    tl.store(keys_ptr + e, keys)
+    tl.debug_barrier()
+    place = tl.zeros([BLOCK_E], tl.int32)
+    for first in tl.range(0, BLOCK_E, RANK_BLOCK):
+        other = first + tl.arange(0, RANK_BLOCK)
+        is_mine = (other // (E // GROUPS))[:, None] == group[None, :]
+        place += tl.sum((_above(tl.load(keys_ptr + other), other, keys, e) & is_mine).to(tl.int32), 0)
+    # The group's sum at its best expert: two terms, whose order does not matter.
+    tl.store(sums_ptr + e, tl.where((place < 2) & (e < E), ranked, 0.0).to(tl.int32, bitcast=True))
+    tl.debug_barrier()
+    sums = tl.zeros([BLOCK_E], tl.float32)
+    for first in tl.range(0, BLOCK_E, RANK_BLOCK):
+        other = first + tl.arange(0, RANK_BLOCK)
+        is_mine = (other // (E // GROUPS))[:, None] == group[None, :]
+        sums += tl.sum(tl.where(is_mine, tl.load(sums_ptr + other).to(tl.float32, bitcast=True)[:, None], 0.0), 0)
+    tl.debug_barrier()
+    tl.store(sums_ptr + e, tl.where((place == 0) & (e < E), _key(sums), SMALLEST_KEY))
+    tl.debug_barrier()
+    above = tl.zeros([BLOCK_E], tl.int32)
+    for first in tl.range(0, BLOCK_E, RANK_BLOCK):
+        other = first + tl.arange(0, RANK_BLOCK)
+        others = tl.load(sums_ptr + other)
+        above += tl.sum(_above(others, other // (E // GROUPS), _key(sums), group).to(tl.int32), 0)
+    tl.debug_barrier()  # all have read before other keys are there
+    return tl.where(above < BEST, keys, SMALLEST_KEY)
+
+
+@triton.jit
+def select(
+    logits_ptr,
+    bias_ptr,
+    keys_ptr,
+    pairs_ptr,
+    weights_ptr,
+    takers_ptr,
+    token,
+    factor,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    WORDS: tl.constexpr,
+    SCORING: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BEST_GROUPS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+):
+    """The K experts of one token and their weights. An expert's rank is how many stand above it."""
+    e = tl.arange(0, BLOCK_E)
+    # Past the L1 cache, which knows nothing of other multiprocessors' stores.
+    logits = tl.load(logits_ptr + token * E + e, mask=e < E, other=0.0, cache_modifier=".cg")
+    logits = tl.where(e < E, logits.to(tl.float32), NO_LOGIT)
+    largest = tl.max(logits, 0)
+    total = tl.sum(accurate_exp(logits - largest), 0)
+    ranked = logits  # without a bias a softmax ranks as logits do
+    if SCORING == "sigmoid" or HAS_BIAS or GROUPS > 1:
+        scores = _score(logits, largest, total, SCORING)
+        biased = scores
+        if HAS_BIAS:
+            biased += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+        if SCORING == "sigmoid" or HAS_BIAS:
+            ranked = biased
+    keys = tl.where(e < E, _key(ranked), SMALLEST_KEY)
+    if GROUPS > 1:
+        keys = _keep_best_groups(keys, biased, e, keys_ptr, E, GROUPS, BEST_GROUPS, BLOCK_E, RANK_BLOCK)
+    chosen = (_ranks(keys, e, keys_ptr, BLOCK_E, RANK_BLOCK) < K) & (e < E)
+    if NORM and SCORING == "softmax":
+        weights = tl.where(chosen, accurate_exp(logits - tl.max(tl.where(chosen, logits, NO_LOGIT), 0)), 0.0)
+        weights = weights / tl.sum(weights, 0)
+    else:
+        weights = tl.where(chosen, _score(logits, largest, total, SCORING), 0.0)
+        if NORM:
+            weights = weights / (tl.sum(weights, 0) + TINY_SUM)
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(pairs_ptr + token * E + e, place, mask=chosen)
+    tl.store(weights_ptr + token * K + place, weights * factor, mask=chosen)
+    bit = (tl.zeros([BLOCK_E], tl.int32) + 1) << (token % 32)
+    tl.atomic_or(takers_ptr + e * WORDS + token // 32, bit, mask=chosen, sem="relaxed")
+
+
+@triton.jit
+def find_slots(takers_ptr, slots_ptr, E: tl.constexpr, WORDS: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Writes each slot's expert into memory of the program's own; the number of slots hit."""
+    e = tl.arange(0, BLOCK_E)
+    taken = tl.zeros([BLOCK_E], tl.int32)
+    for word in tl.static_range(WORDS):
+        taken |= tl.load(takers_ptr + e * WORDS + word, mask=e < E, other=0, cache_modifier=".cg")
+    is_hit = (taken != 0).to(tl.int32)
+    tl.store(slots_ptr + tl.cumsum(is_hit, 0) - 1, e, mask=taken != 0)
+    tl.debug_barrier()  # all of it is there before any thread reads
+    return tl.sum(is_hit, 0)
+
+
+@triton.jit
+def _taken_so_far(takers_ptr, e, WORDS: tl.constexpr, BLOCK_T: tl.constexpr):
+    t = tl.arange(0, BLOCK_T)
+    words = tl.load(takers_ptr + e * WORDS + t // 32, mask=t < WORDS * 32, other=0, cache_modifier=".cg")
+    return tl.cumsum((words >> (t % 32)) & 1, 0)
+
+
+@triton.jit
+def num_takers(takers_ptr, e, WORDS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """How many tokens take expert e."""
+    return tl.max(_taken_so_far(takers_ptr, e, WORDS, BLOCK_T), 0)
+
+
+@triton.jit
+def takers_of(takers_ptr, e, N: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """``[N]``: the tokens of expert e in ascending order, and whether there is one."""
+    so_far = _taken_so_far(takers_ptr, e, WORDS, BLOCK_T)
+    n = tl.arange(0, N)
+    return tl.sum((so_far[:, None] <= n[None, :]).to(tl.int32), 0), n < tl.max(so_far, 0)
