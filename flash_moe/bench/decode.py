@@ -125,6 +125,7 @@ def _prepare(bench: Bench, case: DecodeCase, inputs: list[DecodeInputs]) -> _Lay
         "layers": len(inputs),
         "experts_hit": sum(map(count_experts, inputs)) / len(inputs),
         "tied_pct": 100 * tied,
+        "tied_pct_of_pool": 100 * sum(each.pool_tied_share for each in inputs) / len(inputs),
     }
     return _Layers(inputs, truths, work, Roof("stream", stream_us, {"stream": stream_us}), facts)
 
@@ -169,7 +170,7 @@ def _measure_graph(
 ) -> Row:
     """The fields that a replayed graph gives, after what it left has been compared with a plain call's output."""
     replayed = timer.time_graph([partial(_same, call) for call in calls])
-    worst_error(["replayed output"], [replayed.result], [calls[0]()], REPLAY_BOUND[case.dtype])
+    worst_error(("replayed output",), (replayed.result,), (calls[0](),), REPLAY_BOUND[case.dtype])
     return {
         "times": replayed.times,
         "warm_up_calls": replayed.warm_up_calls,

@@ -64,6 +64,8 @@ class DecodeInputs(NamedTuple):
     """``[T, E]``, exact: no order of the sums can give others."""
     is_tied: Tensor
     """``[T]``: the K-th and the next logit are equal, so that experts other than ours may be chosen, too."""
+    pool_tied_share: float
+    """Of all that the tokens were drawn from."""
 
 
 def find_decode_cases(name: str | None, formats: tuple[str, ...], device_type: str) -> list[DecodeCase]:
@@ -75,6 +77,8 @@ def find_decode_cases(name: str | None, formats: tuple[str, ...], device_type: s
     default = torch.bfloat16 if device_type == "cuda" else torch.float32
     if name is None:
         name = "anchors" if device_type == "cuda" else "small"
+    model: str
+    tokens: tuple[int, ...]
     if name == "small":
         model, tokens = SMALL
     elif name in ("anchors", "sweep"):
@@ -116,15 +120,16 @@ def make_pools(case: DecodeCase, device: torch.device) -> list[tuple[Tensor, MoE
 def draw_tokens(case: DecodeCase, pool: Tensor, layer: MoELayer) -> DecodeInputs:
     """The first T tokens of ``pool``, those that tie only where there are too few others.
 
-    In bfloat16 one random row in about twenty ties at 128 experts of which 8 are chosen. Which experts it takes is a
-    matter of taste, so that competitors would differ in what they compute.
+    In bfloat16 one random row in twelve ties at 128 experts of which 8 are chosen. Which experts it takes is a matter
+    of taste, so that competitors would differ in what they compute.
     """
     logits = router_logits_reference(pool, layer.router_weight)
     K = layer.routing.num_experts_per_tok
     ranked = logits.float().sort(dim=-1, descending=True).values
-    is_tied = ranked[:, K - 1] == ranked[:, K] if K < ranked.shape[1] else torch.zeros_like(ranked[:, 0]).bool()
+    is_tied = (ranked[:, K - 1 : -1] == ranked[:, K:])[:, :1].any(dim=-1)  # K = E leaves nothing to tie with
     chosen = is_tied.int().argsort(stable=True)[: case.T]
-    return DecodeInputs(pool[chosen], layer, logits[chosen], is_tied[chosen])
+    share = is_tied.double().mean().item()
+    return DecodeInputs(pool[chosen], layer, logits[chosen], is_tied[chosen], share)
 
 
 def count_experts(inputs: DecodeInputs) -> int:

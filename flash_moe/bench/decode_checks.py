@@ -40,7 +40,7 @@ class Truth:
 
 
 def find_truth(inputs: DecodeInputs, has_block: bool) -> Truth:
-    tokens, layer, logits, is_tied = inputs
+    tokens, layer, logits, is_tied, _ = inputs
     weights, indices = decode_routing_reference(logits.double(), layer.routing)
     exact = decode_experts_reference(tokens.double(), _in_float64(layer), weights, indices)
     low, _ = decode_reference(tokens, layer)
@@ -82,10 +82,9 @@ def check_decode(
         if competitor.is_ours:
             _check_ours(competitor, each, truth, out)
             if truth.block is not None:
-                theirs = [truth.block[rows]]
                 name = "difference from transformers' block"
-                differences.append(worst_error([name], [out[rows]], theirs, MAX_DIFFERENCE))
-        errors.append(worst_error(["out"], [out[rows]], [truth.exact[rows]], COMPETITOR_BOUND[case.dtype]))
+                differences.append(worst_error((name,), (out[rows],), (truth.block[rows],), MAX_DIFFERENCE))
+        errors.append(worst_error(("out",), (out[rows],), (truth.exact[rows],), COMPETITOR_BOUND[case.dtype]))
     return max(errors), max(differences, default=None)
 
 

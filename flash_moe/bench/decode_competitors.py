@@ -106,7 +106,7 @@ def find_decode_competitors(
     return found
 
 
-def bind_block(inputs: DecodeInputs, experts_implementation: str) -> nn.Module:
+def bind_block(inputs: DecodeInputs, experts_implementation: str) -> Any:
     """transformers' Qwen3 MoE block around the layer's own weights."""
     layer = inputs.layer
     E, H, I = layer.down_proj.shape
