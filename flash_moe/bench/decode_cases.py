@@ -26,8 +26,9 @@ SETS = ("anchors", "small")
 FORMATS = {"bfloat16": "none", "float16": "none", "float32": "none", "fp8_row": "row", "fp8_block": "block"}
 # Eight layers of the reference model are ten times L2 even at one token, so none finds its weights there.
 NUM_LAYERS = {"cuda": 8, "cpu": 2}
-# Tokens to choose from; see draw_tokens.
-POOL_TOKENS = 3 * MAX_TOKENS
+# Tokens to choose from, and of their logits' dtype, how many steps apart the K-th and the next are if they can be; see
+# draw_tokens. At the reference model's sizes in bfloat16 half of the pool is.
+POOL_TOKENS, CLEAR_STEPS = 4 * MAX_TOKENS, 4
 # Of two: makes the deviation of the reference model's logits about 1, and keeps them exact in float32.
 ROUTER_SCALE = 2**-3
 
@@ -118,16 +119,19 @@ def make_pools(case: DecodeCase, device: torch.device) -> list[tuple[Tensor, MoE
 
 
 def draw_tokens(case: DecodeCase, pool: Tensor, layer: MoELayer) -> DecodeInputs:
-    """The first T tokens of ``pool``, those that tie only where there are too few others.
+    """The first T tokens of ``pool`` whose choice of experts is clear; close ones, then ties, only where those run out.
 
-    In bfloat16 one random row in twelve ties at 128 experts of which 8 are chosen. Which experts it takes is a matter
-    of taste, so that competitors would differ in what they compute.
+    In bfloat16 one random row in fifteen ties at 128 experts of which 8 are chosen. Which experts it takes is a matter
+    of taste, and where the two logits are a step apart, of whether cuBLAS adds up parts of a sum in bfloat16:
+    competitors would differ in what they compute.
     """
     logits = router_logits_reference(pool, layer.router_weight)
     K = layer.routing.num_experts_per_tok
     ranked = logits.float().sort(dim=-1, descending=True).values
-    is_tied = (ranked[:, K - 1 : -1] == ranked[:, K:])[:, :1].any(dim=-1)  # K = E leaves nothing to tie with
-    chosen = is_tied.int().argsort(stable=True)[: case.T]
+    last, following = ranked[:, K - 1 : -1][:, :1], ranked[:, K:][:, :1]  # K = E leaves nothing to tie with
+    is_tied = (last == following).any(dim=-1)
+    is_close = (last - following <= CLEAR_STEPS * torch.finfo(logits.dtype).eps * last.abs()).any(dim=-1)
+    chosen = (is_tied.int() + is_close.int()).argsort(stable=True)[: case.T]
     share = is_tied.double().mean().item()
     return DecodeInputs(pool[chosen], layer, logits[chosen], is_tied[chosen], share)
 

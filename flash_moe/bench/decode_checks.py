@@ -4,7 +4,8 @@ Router logits are exact, so everyone rounds the same ones and only ties may be b
 compared by the scores of the experts they take, all others by experts and values.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -47,13 +48,30 @@ def find_truth(inputs: DecodeInputs, has_block: bool) -> Truth:
     if not has_block or layer.gate_up_scale is not None:
         return Truth(exact, low, None)
     block = bind_block(inputs, "eager")
-    _, scores, theirs = block.gate(tokens)
+    with _whole_sums():
+        _, scores, theirs = block.gate(tokens)
+        out = block(tokens[None])[0]
     same_ids = (theirs.sort(dim=-1).values == indices.sort(dim=-1).values).all(dim=-1)
     require(bool((same_ids | is_tied).all()), "experts differ from those of transformers' block")
     ours = weights.sort(dim=-1).values
     close = torch.isclose(scores.sort(dim=-1).values.double(), ours, rtol=2 * torch.finfo(scores.dtype).eps, atol=1e-6)
     require(bool(close.all()), "scores differ from those of transformers' block")
-    return Truth(exact, low, block(tokens[None])[0])
+    return Truth(exact, low, out)
+
+
+@contextmanager
+def _whole_sums() -> Iterator[None]:
+    """Sums in float32 to their end: cuBLAS may else add up a few parts of one in 16 bits, and move a router logit."""
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [getattr(matmul, name) for name in names]
+    try:
+        for name in names:
+            setattr(matmul, name, False)
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)
 
 
 def tied_share(inputs: Sequence[DecodeInputs]) -> float:
@@ -90,8 +108,8 @@ def check_decode(
 
 def _check_ours(competitor: DecodeCompetitor, inputs: DecodeInputs, truth: Truth, out: Tensor) -> None:
     """All rows: our ties have one answer."""
-    backend = competitor.name.partition("_")[0]
-    _, logits = bind_ours(backend, competitor.policy or "auto", inputs, return_router_logits=True)()
+    backend, policy = competitor.backend or "auto", competitor.policy or "auto"
+    _, logits = bind_ours(backend, policy, inputs, return_router_logits=True)()
     require(torch.equal(logits, inputs.logits), "router logits differ from the reference's")
     try:
         assert_no_worse_than([truth.low], [truth.exact], [out], ["out"])

@@ -43,9 +43,13 @@ LOOPS = ("reference", "transformers_eager")
 class DecodeCompetitor:
     name: str
     bind: Callable[[DecodeInputs], Call]
+    backend: str | None = None
     policy: str | None = None
-    """Of our schedule."""
-    is_ours: bool = False
+    """Both ``flash_decode``'s, of ours."""
+
+    @property
+    def is_ours(self) -> bool:
+        return self.backend is not None
 
     @property
     def is_loop(self) -> bool:
@@ -156,7 +160,7 @@ def bind_ours(backend: str, policy: str, inputs: DecodeInputs, **options: Any) -
 
 def _ours(backend: str, policy: str) -> DecodeCompetitor:
     name = backend if policy == "auto" else f"{backend}_{policy}"
-    return DecodeCompetitor(name, partial(bind_ours, backend, policy), policy, is_ours=True)
+    return DecodeCompetitor(name, partial(bind_ours, backend, policy), backend, policy)
 
 
 def _binder(name: str) -> Callable[[DecodeInputs], Call]:
