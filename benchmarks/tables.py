@@ -7,6 +7,7 @@ NAME is one of
     training         the runs of flash-moe train, one line a run
     loss curve       the picture of the GPU run, where one is committed
     gpu OP, cpu OP   the timings of one op or layer on that kind of device
+    gpu flash_decode, cpu flash_decode   likewise by tokens; on a GPU beside its goals and serving engines
     anchors OP       published times and goals of router, expert, mlp or layer beside ours, where the rows have them
 
 A timing row has op, case, backend, pass, time_us [p20, p50, p80], torch, commit, date, and gpu or cpu (a name; with
@@ -34,6 +35,7 @@ TRAINING_FIELDS = (
 # The ratio column compares with this backend: plain PyTorch, which gathers [T, K, H] and ranks every candidate.
 BASELINE = "reference"
 OURS = "triton"
+DECODE = "flash_decode"
 # By how much a time that is to be as good as another may be above it: medians of two runs differ by that.
 NOISE = 0.03
 MARKED = re.compile(r"(?P<open><!-- table: (?P<name>[^>]+?) -->\n)(?P<body>.*?)(?P<close><!-- /table -->)", re.DOTALL)
@@ -56,6 +58,10 @@ WORDS = {
         "eager": "not in a graph; eager", "incomplete": "part of the output missing; repaired",
         "uniform": "as fast as uniform", "float32": "as fast as float32", "gathering": "× as fast as gathering",
         "anchors": "Published and PyTorch times",
+        "implementation": "us a layer, T =", "launches": "launches", "experts hit": "distinct experts hit",
+        "floor": "floor: the same bytes read once", "goal line": "goal", "in graph": "CUDA graph", "in eager": "eager",
+        "decode note": "In brackets the share of the floor; bold where a goal holds",
+        "decode anchors": "Engines' times",
     },
     "zh": {
         "none": "尚未提交任何数据。",
@@ -72,6 +78,10 @@ WORDS = {
         "eager": "无法捕获；eager", "incomplete": "部分输出缺失；修复后",
         "uniform": "与均匀路由一样快", "float32": "与 float32 一样快", "gathering": "× 快于逐行读取",
         "anchors": "已发布的与 PyTorch 的耗时",
+        "implementation": "每层微秒，T =", "launches": "启动次数", "experts hit": "命中的不同专家数",
+        "floor": "下限：同样字节读一次", "goal line": "目标", "in graph": "CUDA graph", "in eager": "eager",
+        "decode note": "括号内为占下限的比例；粗体表示达到目标",
+        "decode anchors": "推理引擎的耗时",
     },
 }  # fmt: skip
 PASSES = {
@@ -196,6 +206,8 @@ def render_table(name: str, rows: Sequence[Row], language: str, root: Path, path
         raise ValueError(f"{path.name}: expected the table {expected}; got {name!r}")
     table, _, sizes = name.partition(": ")  # "gpu FlashMoE: T 4096" is the cases that begin so
     chosen = [row for row in rows if table_of(row) == table and (not sizes or row["case"].startswith(f"{sizes}, "))]
+    if op_of(table) == DECODE:
+        return decode_tables(chosen, table.startswith("gpu"), words, root)
     if not chosen:
         return words["none"] + "\n"
     return training_table(chosen, words) if name == "training" else timing_tables(chosen, words, language)
@@ -245,10 +257,82 @@ def timing_table(rows: Sequence[Row], words: dict[str, str], language: str) -> s
     return markdown(header, lines, left=3)
 
 
+def op_of(table: str) -> str:
+    return table.partition(" ")[2]
+
+
+def decode_tables(rows: Sequence[Row], on_gpu: bool, words: dict[str, str], root: Path) -> str:
+    """A table for each device, model and dtype: a line for each implementation and launch, a column for each T."""
+    anchors = json.loads((root / ANCHORS).read_text(encoding="utf-8")) if on_gpu and (root / ANCHORS).exists() else {}
+    goals = {(anchors["gpu"], each["model"], each["dtype"]): each for each in anchors.get("decode", [])}
+    groups: dict[tuple[str, ...], list[Row]] = {(*key, ""): [] for key in goals}
+    for row in rows:
+        key = (row.get("gpu") or row["cpu"], row["model"], row["dtype"])
+        groups.pop((*key, ""), None)  # the place of goals without rows
+        groups.setdefault((*key, environment(row, words)), []).append(row)
+    tables = []
+    order = list(goals)
+    for (where, model, dtype, _), chosen in sorted(
+        groups.items(), key=lambda group: order.index(group[0][:3]) if group[0][:3] in goals else len(order)
+    ):
+        goal = goals.get((where, model, dtype), {})
+        last = last_of(chosen, lambda row: (row["backend"], row["launch"], row["sizes"]["T"]))
+        text = f"{model}, {dtype}, {where}:\n\n" + decode_table(last, goal, words)
+        text += caption(last, words) if last else ""
+        if goal.get("peers"):
+            made = f"{environment({**anchors['measured'], 'gpu': where}, words)}, {anchors['measured']['date']}"
+            text += ("" if last else "\n") + f"{words['decode anchors']}: {made}{words['stop']}\n"
+        tables.append(text)
+    note = f"\n{words['decode note']}{words['stop']}\n"
+    return "\n".join(tables) + note if tables else words["none"] + "\n"
+
+
+def decode_table(rows: Sequence[Row], goal: Row, words: dict[str, str]) -> str:
+    tokens = sorted({*goal.get("tokens", []), *(row["sizes"]["T"] for row in rows)})
+    any_row = {row["sizes"]["T"]: row for row in rows}
+    hit = [f"{any_row[T]['experts_hit']:.3g}" if T in any_row else "" for T in tokens]
+    floor = [f"{any_row[T]['roof_us']:.1f}" if T in any_row else "" for T in tokens]
+    lines = [[words["experts hit"], *hit, ""], [words["floor"], *floor, ""]]
+    for launch in ("graph", "eager"):
+        wanted = dict(zip(goal.get("tokens", []), goal.get("goal_us", {}).get(launch, []), strict=False))
+        if wanted:
+            cells = [str(wanted.get(T, "")) for T in tokens]
+            lines.append([f"{words['goal line']}, {words[f'in {launch}']}", *cells, ""])
+        here = [row for row in rows if row["launch"] == launch]
+        backends = sorted(dict.fromkeys(row["backend"] for row in here), key=lambda name: not name.startswith(OURS))
+        for backend in backends:
+            own = {row["sizes"]["T"]: row for row in here if row["backend"] == backend}
+            held = wanted if backend.startswith(OURS) else {}
+            cells = [decode_cell(own.get(T), held.get(T)) for T in tokens]
+            lines.append([f"{backend}, {words[f'in {launch}']}", *cells, launches(rows, backend)])
+        for peer in goal.get("peers", []):
+            if peer["launch"] == launch:
+                times = dict(zip(goal["tokens"], peer["us"], strict=True))
+                lines.append([peer["name"], *(str(times.get(T) or "") for T in tokens), peer["launches"]])
+    header = [words["implementation"], *map(str, tokens), words["launches"]]
+    return markdown(header, lines, left=1)
+
+
+def decode_cell(row: Row | None, goal_us: float | None) -> str:
+    if row is None:
+        return ""
+    time_us = row["time_us"][1]
+    text = f"{time_us:,.1f}" if time_us < 1000 else f"{time_us:,.0f}"
+    if goal_us is not None and time_us <= goal_us:
+        text = f"**{text}**"
+    return f"{text} ({100 * row['roof_us'] / time_us:.0f} %)"
+
+
+def launches(rows: Sequence[Row], backend: str) -> str:
+    """Counted in the eager calls, at the fewest and at the most tokens."""
+    counts = [row["launches"] for row in rows if row["backend"] == backend and row.get("launches")]
+    return "" if not counts else " – ".join(map(str, dict.fromkeys((min(counts), max(counts)))))
+
+
 def anchors_table(op: str, rows: Sequence[Row], words: dict[str, str], language: str, root: Path) -> str:
     """A line for each case and pass of anchors.json, with our times on the same GPU where there are rows."""
     anchors = json.loads((root / ANCHORS).read_text(encoding="utf-8"))
-    if op not in anchors or op in ("gpu", "measured"):
+    if op not in anchors or op in ("gpu", "measured", "decode"):
         raise ValueError(f"{ANCHORS.name}: expected the anchors of {op!r}; got none")
     ours = {anchored(row): row for row in rows if row.get("gpu") == anchors["gpu"] and row.get("backend") == OURS}
     keys = ("case", "pass", "published", "pytorch", "ours", "graph", "roof", "share", "goal", "holds")

@@ -18,7 +18,8 @@ from flash_moe.bench import competitors, machine, plot, run
 from flash_moe.bench.cases import ANCHORS, LETTERS, SETS, SMALL, Case, find_cases, make_ids, make_inputs
 from flash_moe.bench.checks import MismatchError, check, check_replay
 from flash_moe.bench.roofs import Roofs
-from flash_moe.bench.run import Refusal, Request, clock_moved, run_bench
+from flash_moe.bench.rows import Bench, Refusal, Request, clock_moved
+from flash_moe.bench.run import run_bench
 from flash_moe.bench.timing import CpuTimer, CudaTimer, percentiles
 from flash_moe.bench.work import BACKWARD, BOTH, FORWARD, count_work, passes_of
 from flash_moe.ops.flash_expert import flash_expert
@@ -340,7 +341,7 @@ def test_rows_of_every_op_are_complete(no_gpu):
     assert not [row for row in rows if isinstance(row, Refusal)]
     assert {(row["op"], row["pass"]) for row in rows} == {
         *((op, which) for op in ("flash_router", "flash_expert", "flash_mlp") for which in (FORWARD, BACKWARD)),
-        ("FlashMoE", FORWARD), ("FlashMoE", BOTH),
+        ("FlashMoE", FORWARD), ("FlashMoE", BOTH), ("flash_decode", FORWARD),
     }  # fmt: skip
     tables = load_tables()
     for row in rows:
@@ -384,7 +385,7 @@ def test_warm_up_is_50_calls_unless_they_are_very_slow(seconds, call_seconds, ex
 
 def test_short_calls_are_measured_in_a_graph_too(monkeypatch):
     timer = object.__new__(CudaTimer)
-    bench = run._Bench(CPU, timer, Roofs(CpuTimer(0.001), CPU), {})
+    bench = Bench(CPU, timer, Roofs(CpuTimer(0.001), CPU), {})
     ours, other = competitors.Competitor("triton", None, (FORWARD,)), competitors.Competitor("reference", None)
     large, small = (Case("expert", (T, 24, 9, 3), torch.bfloat16, "uniform") for T in (4096, 1))
     assert run._is_graphed(bench, large, ours, FORWARD, [999.0] * 3)
@@ -489,7 +490,7 @@ def test_a_moved_clock_is_told(monkeypatch, capsys, tmp_path, no_gpu):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["bench", "coffee"], "op: expected one of router, expert, mlp, layer, all; got 'coffee'"),
+        (["bench", "coffee"], "op: expected one of router, expert, mlp, layer, decode, all; got 'coffee'"),
         (["bench"], "{ops}..."),
         (["bench", "router", "--case", "4096x128"], "case: expected one of anchors, sweep, small, or sizes TxNxK"),
         (["bench", "router", "--case", "4x0x1"], "case: expected"),

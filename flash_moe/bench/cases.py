@@ -14,7 +14,11 @@ from flash_moe.testing import make_expert_inputs, make_mlp_inputs, make_router_i
 
 # The letters of a case's sizes, and the name its rows have in the documents' tables.
 LETTERS = {"router": "TNK", "expert": "THEK", "mlp": "THI", "layer": "THIEK"}
-OP_NAMES = {"router": "flash_router", "expert": "flash_expert", "mlp": "flash_mlp", "layer": "FlashMoE"}
+# flash_decode's cases are in decode_cases.py: several layers of a model, at several dtypes of weights and tokens.
+DECODE = "decode"
+OP_NAMES = {
+    "router": "flash_router", "expert": "flash_expert", "mlp": "flash_mlp", "layer": "FlashMoE", DECODE: "flash_decode",
+}  # fmt: skip
 ROUTINGS = ("uniform", "zipf", "hot")
 # Up to this many tokens a call is bound by latency: it is timed on an idle GPU, and once more replayed in a CUDA graph.
 LATENCY_BOUND_TOKENS = 64
@@ -67,7 +71,7 @@ SETS = {"anchors": ANCHORS, "sweep": SWEEP, "small": SMALL}
 @dataclass(frozen=True)
 class Case:
     op: str
-    """A key of ``LETTERS``."""
+    """A key of ``OP_NAMES``."""
     sizes: Sizes
     """In the order of ``LETTERS[op]``."""
     dtype: torch.dtype
@@ -81,6 +85,10 @@ class Case:
     @property
     def by_letter(self) -> dict[str, int]:
         return dict(zip(LETTERS[self.op], self.sizes, strict=True))
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def T(self) -> int:  # noqa: N802

@@ -52,7 +52,7 @@ def check(case: Case, inputs: Inputs, bound: Bound, which: str, is_ours: bool) -
             assert_no_worse_than(comparison.low, comparison.exact, comparison.actual, comparison.names)
         except AssertionError as error:
             raise MismatchError(str(error)) from None
-    return _worst_error(comparison.names, comparison.actual, comparison.exact, COMPETITOR_BOUND[case.dtype])
+    return worst_error(comparison.names, comparison.actual, comparison.exact, COMPETITOR_BOUND[case.dtype])
 
 
 def check_replay(case: Case, bound: Bound, which: str, replayed: object) -> None:
@@ -60,7 +60,7 @@ def check_replay(case: Case, bound: Bound, which: str, replayed: object) -> None
     with torch.set_grad_enabled(which != FORWARD):
         expected, got = (_floating(each) for each in (bound.prepare(which)(), replayed))
     names = [f"replayed result {i}" for i in range(len(expected))]
-    _worst_error(names, got, expected, REPLAY_BOUND[case.dtype])
+    worst_error(names, got, expected, REPLAY_BOUND[case.dtype])
 
 
 def _router(case: Case, inputs: Inputs, bound: Bound, which: str, is_ours: bool) -> Comparison:
@@ -70,15 +70,15 @@ def _router(case: Case, inputs: Inputs, bound: Bound, which: str, is_ours: bool)
     tokens = _spread(case.T, SAMPLE_TOKENS, scores.device)
     expected_scores, expected_ids = router_reference(logits[:, tokens], N, K)
     scores, ids = scores[tokens], ids[tokens]
-    _require(torch.equal(scores, expected_scores), "scores differ from the reference's")
+    require(torch.equal(scores, expected_scores), "scores differ from the reference's")
     if is_ours:
-        _require(torch.equal(ids, expected_ids), "ids differ from the reference's")
+        require(torch.equal(ids, expected_ids), "ids differ from the reference's")
     else:
-        _require(bool(((ids >= 0) & (ids < N * N)).all()), "ids are out of range")
+        require(bool(((ids >= 0) & (ids < N * N)).all()), "ids are out of range")
         sums = logits[0, tokens].float().gather(1, ids // N) + logits[1, tokens].float().gather(1, ids % N)
-        _require(torch.equal(sums.to(scores.dtype), scores), "ids do not have the scores beside them")
+        require(torch.equal(sums.to(scores.dtype), scores), "ids do not have the scores beside them")
         ordered = ids.sort(dim=-1).values
-        _require(bool((ordered[:, 1:] != ordered[:, :-1]).all()), "an id occurs twice in a row")
+        require(bool((ordered[:, 1:] != ordered[:, :-1]).all()), "an id occurs twice in a row")
     results = [(expected_scores, expected_scores.double(), scores)]
     if grads:
         exact = _scattered(dscores[tokens].double(), ids, N)
@@ -158,7 +158,7 @@ def _layer(case: Case, inputs: Inputs, bound: Bound, which: str, is_ours: bool) 
         sparse = torch.zeros_like(dout).index_copy_(0, tokens, dout[tokens])
         _, _, dx, *grads, ddown, dup = bound.results(which, sparse)
         for full in (ddown, dup):
-            _require(not full.index_fill(0, rows, 0.0).any().item(), "an expert that took no part has a gradient")
+            require(not full.index_fill(0, rows, 0.0).any().item(), "an expert that took no part has a gradient")
         sampled = (dx, *grads, ddown[rows], dup[rows])
         results += zip(low[1:], exact[1:], sampled, strict=True)
     return _comparison(("router_logits", "y", "dx", *LAYER_PARAMETERS), results)
@@ -214,18 +214,18 @@ def _comparison(names: Sequence[str], results: Sequence[Results]) -> Comparison:
     return Comparison(names[: len(results)], low, exact, actual)
 
 
-def _worst_error(names: Sequence[str], actual: Results, exact: Results, limit: float) -> float:
+def worst_error(names: Sequence[str], actual: Results, exact: Results, limit: float) -> float:
     worst = 0.0
     for name, x, exact_x in zip(names, actual, exact, strict=True):
-        _require(x.shape == exact_x.shape, f"{name}: expected shape {tuple(exact_x.shape)}; got {tuple(x.shape)}")
+        require(x.shape == exact_x.shape, f"{name}: expected shape {tuple(exact_x.shape)}; got {tuple(x.shape)}")
         difference, scale = (x.double() - exact_x.double()).norm().item(), exact_x.double().norm().item()
         error = difference / scale if scale else difference
-        _require(error <= limit, f"{name}: relative RMS error {error:.2e}, at most {limit:.0e} expected")  # NaN fails
+        require(error <= limit, f"{name}: relative RMS error {error:.2e}, at most {limit:.0e} expected")  # NaN fails
         worst = max(worst, error)
     return worst
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise MismatchError(message)
 

@@ -8,35 +8,50 @@ import torch
 import typer
 from rich.console import Console
 
-from flash_moe.bench.cases import LETTERS, ROUTINGS, SETS
+from flash_moe.bench import decode_competitors
+from flash_moe.bench.cases import ROUTINGS, SETS
 from flash_moe.bench.competitors import NAMES
+from flash_moe.bench.decode_cases import FORMATS
 from flash_moe.bench.machine import describe_machine
-from flash_moe.bench.run import Refusal, Request, Row, clock_moved, run_bench
+from flash_moe.bench.rows import OPS, Refusal, Request, Row, clock_moved
+from flash_moe.bench.run import run_bench
 from flash_moe.bench.timing import CudaTimer
 from flash_moe.bench.tune import TUNABLES, describe, find_jobs, tune_kernel, write_table
 from flash_moe.ops._triton.launch import FOLDER, table_name
+from flash_moe.schedule.policies import POLICIES
 
 RESULTS = Path("benchmarks", "results")
 # Not beside the rows that the documents show: every run adds to these.
 RUNS = RESULTS / "bench"
+BACKENDS = tuple(dict.fromkeys((*NAMES, *decode_competitors.NAMES)))
 COLUMNS = (
-    ("op", 12), ("case", 36), ("dtype", 8), ("pass", 16), ("backend", 13), ("p50 us", 10), ("p20", 10), ("p80", 10),
+    ("op", 12), ("case", 36), ("dtype", 8), ("pass", 16), ("backend", 23), ("p50 us", 10), ("p20", 10), ("p80", 10),
     ("TB/s", 6), ("TFLOP/s", 7), ("of roof", 12), ("MiB", 8), ("launches", 8),
 )  # fmt: skip
 
 
 def bench(
-    ops: Annotated[list[str], typer.Argument(help=f"{', '.join(LETTERS)} or all.")],
-    case: Annotated[str | None, typer.Option(help=f"{', '.join(SETS)}, or sizes such as 4096x128x64.")] = None,
-    backend: Annotated[list[str] | None, typer.Option(help=f"May be repeated: {', '.join(NAMES)}.")] = None,
+    ops: Annotated[list[str], typer.Argument(help=f"{', '.join(OPS)} or all.")],
+    case: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(SETS)}, or sizes such as 4096x128x64; of decode qwen3-30b-a3b:T1,8."),
+    ] = None,
+    backend: Annotated[list[str] | None, typer.Option(help=f"May be repeated: {', '.join(BACKENDS)}.")] = None,
     pass_: Annotated[list[str] | None, typer.Option("--pass", help="fwd or bwd; by default both.")] = None,
     routing: Annotated[str | None, typer.Option(help=f"Of the experts' ids: {', '.join(ROUTINGS)}.")] = None,
     out: Annotated[Path | None, typer.Option(help=f"File to append to; by default one in {RUNS}.")] = None,
     seconds: Annotated[float, typer.Option(help="Of measuring, for each row.")] = 0.4,
     commit: Annotated[str | None, typer.Option(help="Of the code; by default what git says.")] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help=f"Of decode's schedule, by default all: {', '.join(POLICIES)}.")
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help=f"Of decode; may be repeated: {', '.join(FORMATS)}.")] = None,
 ) -> None:
     """Check and time the ops and the layer beside PyTorch, and append a row for each to a file."""
-    request = Request(ops, case, tuple(backend or ()), tuple(pass_ or ()), routing, seconds, commit)
+    request = Request(
+        ops, case, tuple(backend or ()), tuple(pass_ or ()), routing, seconds, commit, tuple(policy or ()),
+        tuple(dtype or ()),
+    )  # fmt: skip
     console = Console(highlight=False, soft_wrap=True)
     path = out or default_path()
     refusals = []
@@ -133,7 +148,7 @@ def describe_run(row: Row) -> str:
 def describe_refusal(refusal: Refusal) -> str:
     word = "FAILED" if refusal.is_failure else "left out"
     case = refusal.case
-    what = f"{case.op} {case.describe()}, {case.dtype}, {refusal.which}, {refusal.backend}, {refusal.launch}"
+    what = f"{case.op} {case.describe()}, {case.dtype_name}, {refusal.which}, {refusal.backend}, {refusal.launch}"
     return f"{word}: {what}: {refusal.reason}"
 
 

@@ -164,16 +164,16 @@ def _functions(case: Case, device: torch.device) -> dict[str, Callable[..., Any]
         _, N, K = case.sizes
         functions["pytorch_smart"] = _smart_router(N, K, device)
         # The reference finds its candidates on the device, which breaks the graph of torch.compile.
-        functions["torch_compile"] = _Lazy(partial(_compile, functions["pytorch_smart"]))
+        functions["torch_compile"] = Lazy(partial(compile_function, functions["pytorch_smart"]))
         return functions
-    functions["torch_compile"] = _Lazy(partial(_compile, functions["reference"]))
+    functions["torch_compile"] = Lazy(partial(compile_function, functions["reference"]))
     if case.op == "expert":
         return functions | {"pytorch_smart": _smart_expert}
     del functions["torch"]  # the reference itself
     return functions | {"liger": _liger_mlp}
 
 
-class _Lazy:
+class Lazy:
     """A function that is made when it is first called, so that nobody pays for a competitor that does not run."""
 
     def __init__(self, make: Callable[[], Callable[..., Any]]) -> None:
@@ -186,7 +186,7 @@ class _Lazy:
         return self._function(*args)
 
 
-def _compile(function: Callable[..., Any]) -> Any:
+def compile_function(function: Callable[..., Any]) -> Any:
     import torch._functorch.config as functorch_config
 
     functorch_config.donated_buffer = False  # a backward that is timed runs many times over one forward
@@ -200,7 +200,7 @@ def _make_layer(case: Case, backend: str, device: torch.device) -> FlashMoE:
 
 def _make_compiled_layer(case: Case, device: torch.device) -> nn.Module:
     module = _make_layer(case, "reference", device)
-    module.forward = _compile(module.forward)  # type: ignore[method-assign] # parameter names stay as they are
+    module.forward = compile_function(module.forward)  # type: ignore[method-assign] # parameter names stay as they are
     return module
 
 

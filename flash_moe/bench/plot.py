@@ -9,12 +9,22 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from flash_moe.bench.cases import DECODE, OP_NAMES
+
 Row = dict[str, Any]
 
 COLORS = {
     "triton": "C0", "torch": "C2", "reference": "C3", "pytorch_smart": "C1", "torch_compile": "C4", "liger": "C5",
+    "triton_static": "C0", "triton_queue": "C9", "triton_actor": "C6", "torch_static": "C2", "torch_queue": "olive",
+    "torch_actor": "darkgreen", "transformers_eager": "C3", "transformers_batched_mm": "C1",
+    "transformers_grouped_mm": "C8", "vllm": "C5", "sglang": "C7",
 }  # fmt: skip
-LABELS = {"reference": "PyTorch", "pytorch_smart": "PyTorch, with care", "torch_compile": "torch.compile"}
+LABELS = {
+    "reference": "PyTorch", "pytorch_smart": "PyTorch, with care", "torch_compile": "torch.compile", "vllm": "vLLM",
+    "sglang": "SGLang",
+    **{f"triton_{policy}": f"ours, {policy}" for policy in ("static", "queue", "actor")},
+    **{f"transformers_{name}": f"transformers, {name}" for name in ("eager", "batched_mm", "grouped_mm")},
+}  # fmt: skip
 # The size along the horizontal axis; the router has N where the others have E.
 AXES = {"T": ("T",), "E": ("E", "N")}
 
@@ -41,8 +51,12 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
     drawn = []
     for device, op in dict.fromkeys((_device(row), row["op"]) for row in rows):
         chosen = [row for row in rows if (_device(row), row["op"]) == (device, op)]
-        figures = {f"time_{axis}": draw_times(chosen, axis) for axis in AXES}
-        for name, figure in {**figures, "roof": draw_shares(chosen)}.items():
+        if op == OP_NAMES[DECODE]:
+            figures: dict[str, Figure | None] = {"time_T": draw_decode_times(chosen), "launches": draw_launches(chosen)}
+        else:
+            figures = {f"time_{axis}": draw_times(chosen, axis) for axis in AXES}
+            figures["roof"] = draw_shares(chosen)
+        for name, figure in figures.items():
             if figure is not None:
                 figure.suptitle(f"{op}, {device}")
                 path = folder / f"{_slug(op)}_{_slug(device)}_{name}.png"
@@ -93,30 +107,81 @@ def draw_shares(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def draw_decode_times(rows: Sequence[Row]) -> Figure:
+    """A plot for each dtype and model, and for calls in a graph and eager calls: a line for each backend and policy."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["dtype"], row["launch"]), []).append(row)
+    keys = sorted(groups, key=lambda key: (*key[:2], key[2] != "graph"))
+    columns = min(2, len(keys))
+    figure = Figure(figsize=(6.4 * columns, 5.0 * -(-len(keys) // columns) + 0.4), layout="constrained")
+    grid = figure.subplots(-(-len(keys) // columns), columns, squeeze=False)
+    for axes in grid.flat[len(keys) :]:
+        axes.set_axis_off()
+    for axes, key in zip(grid.flat, keys, strict=False):
+        _draw_lines(axes, groups[key], "T", with_launch=False)
+        axes.set_title(f"{key[0]}, {key[1]}, {'CUDA graph' if key[2] == 'graph' else 'eager calls'}", fontsize="small")
+        axes.set_xticks(ticks := sorted({row["sizes"]["T"] for row in groups[key]}), list(map(str, ticks)))
+        axes.set(ylabel="time of a layer, us")
+        axes.minorticks_off()
+    return figure
+
+
+def draw_launches(rows: Sequence[Row]) -> Figure | None:
+    """A bar for each backend: what one call of a layer puts on the GPU, for the fewest and the most tokens."""
+    counted = [row for row in rows if row["launches"]]
+    if not counted:
+        return None
+    counts = sorted({row["sizes"]["T"] for row in counted})
+    chosen = dict.fromkeys((counts[0], counts[-1]))
+    figure = Figure(figsize=(6.4 * len(chosen), 4.2), layout="constrained")
+    for axes, T in zip(figure.subplots(1, len(chosen), squeeze=False).flat, chosen, strict=True):
+        here = {row["backend"]: row for row in counted if row["sizes"]["T"] == T}
+        lines = sorted(here.values(), key=lambda row: row["launches"])
+        launches = [row["launches"] for row in lines]
+        axes.barh(range(len(lines)), launches, color=[COLORS.get(row["backend"], "0.5") for row in lines])
+        axes.set_yticks(range(len(lines)), [_label(row["backend"]) for row in lines], fontsize="small")
+        for i, count in enumerate(launches):
+            axes.text(count, i, f" {count}", va="center", fontsize="small")
+        axes.set(xscale="log", xlim=(0.5, 2.5 * max(launches)), xlabel="launches a layer", title=f"T {T}")
+        axes.invert_yaxis()
+    return figure
+
+
 def _draw_group(axes: Axes, rows: Sequence[Row], axis: str) -> None:
-    letter = next(letter for letter in AXES[axis] if letter in rows[0]["sizes"])
+    _draw_lines(axes, rows, axis)
+    letter = _letter(rows[0], axis)
+    others = ", ".join(f"{name} {size}" for name, size in rows[0]["sizes"].items() if name != letter)
+    routing = rows[0]["routing"]
+    title = f"{_words(rows[0]['pass'])}, {others}, {rows[0]['dtype']}" + (f", {routing}" if routing else "")
+    axes.set_title(title, fontsize="small")
+
+
+def _draw_lines(axes: Axes, rows: Sequence[Row], axis: str, with_launch: bool = True) -> None:
+    """A line for each backend and way of launching, and one for the roof."""
     for backend, launch in dict.fromkeys((row["backend"], row["launch"]) for row in rows):
         line = [row for row in rows if (row["backend"], row["launch"]) == (backend, launch)]
         line.sort(key=lambda row: _along(row, axis))
         sizes = [_along(row, axis) for row in line]
         p20, p50, p80 = zip(*(row["time_us"] for row in line), strict=True)
-        label = _label(backend) + (", CUDA graph" if launch == "graph" else "")
+        is_dotted = with_launch and launch == "graph"
+        label = _label(backend) + (", CUDA graph" if is_dotted else "")
         color = COLORS.get(backend, "0.5")
-        axes.plot(sizes, p50, marker="o", ms=3, label=label, color=color, ls=":" if launch == "graph" else "-")
+        axes.plot(sizes, p50, marker="o", ms=3, label=label, color=color, ls=":" if is_dotted else "-")
         axes.fill_between(sizes, p20, p80, color=color, alpha=0.2, lw=0)
     roof = sorted({_along(row, axis): row["roof_us"] for row in rows}.items())
     axes.plot([size for size, _ in roof], [time for _, time in roof], color="black", ls="--", lw=1, label="roof")
-    others = ", ".join(f"{name} {size}" for name, size in rows[0]["sizes"].items() if name != letter)
-    routing = rows[0]["routing"]
-    title = f"{_words(rows[0]['pass'])}, {others}, {rows[0]['dtype']}" + (f", {routing}" if routing else "")
-    axes.set_title(title, fontsize="small")
-    axes.set(xscale="log", yscale="log", xlabel=letter, ylabel="time, us")
+    axes.set(xscale="log", yscale="log", xlabel=_letter(rows[0], axis), ylabel="time, us")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="x-small")
 
 
+def _letter(row: Row, axis: str) -> str:
+    return next(letter for letter in AXES[axis] if letter in row["sizes"])
+
+
 def _along(row: Row, axis: str) -> int:
-    return next(row["sizes"][letter] for letter in AXES[axis] if letter in row["sizes"])
+    return int(row["sizes"][_letter(row, axis)])
 
 
 def _describe(row: Row) -> str:
