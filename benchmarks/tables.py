@@ -5,6 +5,8 @@ Run: python benchmarks/tables.py          rewrites the text between <!-- table: 
 
 NAME is one of
     training         the runs of flash-moe train, one line a run
+    training history every run on a GPU, those before and those with another backend too
+    profile          of the last run on a GPU that has one, what of a step's time goes to which part
     loss curve       the picture of the GPU run, where one is committed
     gpu OP, cpu OP   the timings of one op or layer on that kind of device
     gpu flash_decode, cpu flash_decode   likewise by tokens; on a GPU beside its goals and serving engines
@@ -34,6 +36,9 @@ TRAINING_FIELDS = (
 )  # fmt: skip
 # The ratio column compares with this backend: plain PyTorch, which gathers [T, K, H] and ranks every candidate.
 BASELINE = "reference"
+# Of ops whose name ends so, tables of 8 bits are compared with those of 16; each case names its error.
+QUANTIZED, NOT_QUANTIZED = "_quantized", "bfloat16"
+ERROR = re.compile(r", relative error [\d.]+ %")
 OURS = "triton"
 DECODE = "flash_decode"
 # By how much a time that is to be as good as another may be above it: medians of two runs differ by that.
@@ -51,6 +56,7 @@ WORDS = {
         "case": "case", "pass": "pass", "backend": "backend", "time": "time, ms (p20 to p80)", "ratio": "speed-up",
         "gb_per_s": "TB/s", "tflops": "TFLOP/s", "peak_mib": "peak MiB", "commit": "commit", "threads": "threads",
         "loss curve": "Loss of the GPU run: bits per byte over training steps",
+        "part": "part", "ms": "GPU, ms", "step_share": "of the step", "launches": "launches", "all": "all",
         "published": "published FlashMoE, ms", "pytorch": "best PyTorch, ms", "ours": "ours, ms",
         "graph": "ours in a CUDA graph, ms", "roof": "roof, ms", "share": "of the roof", "goal": "goal, ms",
         "holds": "goal holds", "yes": "yes", "no": "no",
@@ -71,6 +77,7 @@ WORDS = {
         "case": "规模", "pass": "阶段", "backend": "后端", "time": "耗时，毫秒（p20 至 p80）", "ratio": "加速比",
         "gb_per_s": "TB/s", "tflops": "TFLOP/s", "peak_mib": "峰值 MiB", "commit": "提交", "threads": "线程",
         "loss curve": "GPU 训练的损失曲线：每字节比特数随步数的变化",
+        "part": "部分", "ms": "GPU，毫秒", "step_share": "占一步", "launches": "启动次数", "all": "合计",
         "published": "已发布的 FlashMoE，毫秒", "pytorch": "最快的 PyTorch，毫秒", "ours": "本库，毫秒",
         "graph": "本库（CUDA graph），毫秒", "roof": "上限，毫秒", "share": "占上限", "goal": "目标，毫秒",
         "holds": "达到目标", "yes": "是", "no": "否",
@@ -146,8 +153,10 @@ def training_row(result: Row) -> Row:
     """A row for the table from the last line of a run's metrics.jsonl; preset or commit may have been added to it."""
     model = result["train"]["model"]
     sizes = f"L {model['num_layers']}, H {model['hidden_size']}, E {model['num_experts']}, "
+    backend = model.get("backend", "auto")
     row = {
-        "preset": f"{sizes}K {model['num_experts_per_tok']}",
+        "preset": f"{sizes}K {model['num_experts_per_tok']}" + ("" if backend == "auto" else f", {backend}"),
+        "backend": backend,
         "commit": next(iter(re.findall(r"commit ([^)]+)", result["flash_moe"])), None),
         "steps": result["step"],
         "seconds": result["train_seconds"],
@@ -199,10 +208,14 @@ def render_table(name: str, rows: Sequence[Row], language: str, root: Path, path
             return words["none"] + "\n"
         up = "../" * len(path.relative_to(root).parent.parts)
         return f"![{words['loss curve']}]({up}{LOSS_CURVE.as_posix()})\n"
+    if name == "training history":
+        return history_table([row for row in rows if table_of(row) == "training" and row.get("gpu")], words)
+    if name == "profile":
+        return profile_table([row for row in rows if row.get("profile") and row.get("gpu")][-1:], words)
     if name.startswith("anchors "):
         return anchors_table(name.removeprefix("anchors "), rows, words, language, root)
     if name != "training" and not re.fullmatch(r"(gpu|cpu) \w+(: .+)?", name):
-        expected = "training, loss curve, gpu OP, cpu OP or anchors OP"
+        expected = "training, training history, profile, loss curve, gpu OP, cpu OP or anchors OP"
         raise ValueError(f"{path.name}: expected the table {expected}; got {name!r}")
     table, _, sizes = name.partition(": ")  # "gpu FlashMoE: T 4096" is the cases that begin so
     chosen = [row for row in rows if table_of(row) == table and (not sizes or row["case"].startswith(f"{sizes}, "))]
@@ -214,21 +227,45 @@ def render_table(name: str, rows: Sequence[Row], language: str, root: Path, path
 
 
 def training_table(rows: Sequence[Row], words: dict[str, str]) -> str:
-    header = [words[key] for key in ("preset", "device", "params", "steps", "tokens_per_s", "seconds", "heldout")]
-    last = last_of(rows, lambda row: (row["preset"], device(row, words)))
+    """The last of our runs of each kind: other backends are for the history."""
+    ours = [row for row in rows if row.get("backend", "auto") == "auto"]
+    last = last_of(ours, lambda row: (row["preset"], device(row, words)))
+    return runs_table(last, words, []) + caption(last, words)
+
+
+def history_table(rows: Sequence[Row], words: dict[str, str]) -> str:
+    return runs_table(rows, words, ["commit"]) if rows else words["none"] + "\n"
+
+
+def runs_table(rows: Sequence[Row], words: dict[str, str], more: list[str]) -> str:
+    keys = ("preset", "device", *more, "params", "steps", "tokens_per_s", "seconds", "heldout")
     lines = [
         [
             row["preset"],
             device(row, words),
+            *(short(row[key]) for key in more),
             f"{row['params'] / 1e6:,.1f} M",
             f"{row['steps']:,}",
             f"{row['tokens_per_s']:,.0f}",
             f"{row['seconds']:,.0f} s",
             f"{row['heldout_bits_per_byte']:.3f}",
         ]
-        for row in last
+        for row in rows
     ]
-    return markdown(header, lines, left=2) + caption(last, words)
+    return markdown([words[key] for key in keys], lines, left=2 + len(more))
+
+
+def profile_table(rows: Sequence[Row], words: dict[str, str]) -> str:
+    if not rows:
+        return words["none"] + "\n"
+    profile = rows[0]["profile"]
+    items = [*profile["parts"], {"name": words["all"], "ms": profile["busy_ms"], "launches": ""}]
+    lines = [
+        [item["name"], f"{item['ms']:.2f}", f"{100 * item['ms'] / profile['busy_ms']:.1f} %", str(item["launches"])]
+        for item in items
+    ]
+    header = [words[key] for key in ("part", "ms", "step_share", "launches")]
+    return markdown(header, lines, left=1) + caption(rows, words)
 
 
 def timing_tables(rows: Sequence[Row], words: dict[str, str], language: str) -> str:
@@ -243,13 +280,13 @@ def timing_tables(rows: Sequence[Row], words: dict[str, str], language: str) -> 
 
 def timing_table(rows: Sequence[Row], words: dict[str, str], language: str) -> str:
     optional = [key for key in ("gb_per_s", "tflops", "peak_mib") if any(row.get(key) is not None for row in rows)]
-    baseline = {measured(row): row["time_us"][1] for row in rows if row["backend"] == BASELINE}
+    baseline = {compared(row): row["time_us"][1] for row in rows if is_baseline(row)}
     header = [words[key] for key in ("case", "pass", "backend", "time", "ratio", *optional)]
     order = list(dict.fromkeys(case(row) for row in rows))
     lines = []
     for row in sorted(rows, key=lambda row: (order.index(case(row)), list(PASSES).index(row["pass"]))):
         p20, p50, p80 = (milliseconds(time) for time in row["time_us"])
-        before = baseline.get(measured(row))
+        before = baseline.get(compared(row))
         ratio = "" if before is None else f"{before / row['time_us'][1]:.2f} ×"
         numbers = ["" if row.get(key) is None else quantity(key, row[key]) for key in optional]
         time = f"{p50} ({p20} – {p80})"
@@ -403,6 +440,15 @@ def goal_holds(anchor: Row, best: Row, ours: dict[tuple[object, ...], Row]) -> b
 
 def measured(row: Row) -> tuple[str, str]:
     return case(row), row["pass"]
+
+
+def compared(row: Row) -> tuple[str, str]:
+    """What rows that are compared with each other have in common."""
+    return (ERROR.sub("", row["case"]), row["pass"]) if row["op"].endswith(QUANTIZED) else measured(row)
+
+
+def is_baseline(row: Row) -> bool:
+    return row["dtype"] == NOT_QUANTIZED if row["op"].endswith(QUANTIZED) else row["backend"] == BASELINE
 
 
 def case(row: Row) -> str:

@@ -73,6 +73,16 @@ def test_options_reach_the_run(monkeypatch, tmp_path, text_file):
     assert (config.num_steps, config.batch_size, config.seed, config.device) == (2, 3, 7, "cpu")
 
 
+def test_profile_is_shown_and_kept(monkeypatch, capsys, tmp_path, text_file):
+    run = tmp_path / "run"
+    assert call(monkeypatch, "train", "--run", run, "--data", text_file, "--profile", "--backend", "reference") == 0
+    assert commands.read_config(run).model.backend == "reference"
+    shown, kept = capsys.readouterr().out, (run / "profile.txt").read_text(encoding="utf-8")
+    for part in ("One step: the device is busy for", "FlashMoE layers", "attention", "optimizer", "norms"):
+        assert part in shown
+        assert part in kept
+
+
 def test_progress_bar_on_a_terminal():
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=120)
@@ -118,6 +128,8 @@ def test_ctrl_c_says_how_to_resume(monkeypatch, capsys, tmp_path, text_file):
         (["train", "--resume", "nowhere"], "run: expected a folder made by flash-moe train"),
         (["train", "--resume", "nowhere", "--steps", "3"], "resume: expected no other option"),
         (["train", "--resume", "nowhere", "--run", "x"], "resume: expected no other option"),
+        (["train", "--resume", "nowhere", "--backend", "torch"], "resume: expected no other option"),
+        (["train", "--backend", "cuda"], "backend: expected one of auto, triton, torch, reference; got 'cuda'"),
         (["generate", "--run", "nowhere"], "run: expected a folder made by flash-moe train"),
         (["generate"], "--run"),
         (["train", "--steps", "many"], "--steps"),

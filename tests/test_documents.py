@@ -516,6 +516,36 @@ def test_last_line_of_a_run_is_a_training_row(root):
     assert "An H200, torch 2.13.0, triton 3.7.1, commit abcdef0-dirty, 2026-01-02.\n" in text
 
 
+def test_tables_of_8_bits_are_compared_with_those_of_16(root):
+    text = "<!-- table: gpu flash_expert_quantized -->\n<!-- /table -->\n"
+    (root / "docs" / "quantized.md").write_text(text)
+    row = {**TIMING, "op": "flash_expert_quantized", "case": "T 1, relative error 0.17 %", "dtype": "bfloat16"}
+    commit(root, row, {**row, "case": "T 1, relative error 3.81 %", "dtype": "int8", "time_us": [4.0, 5.0, 6.0]})
+    text = written(root, "docs/quantized.md")
+    assert "| T 1, relative error 0.17 %, bfloat16 | forward | triton | 0.020 (0.019 – 0.021) | 1.00 × |" in text
+    assert "| T 1, relative error 3.81 %, int8 | forward | triton | 0.005 (0.004 – 0.006) | 4.00 × |" in text
+
+
+def test_history_has_every_run_on_a_gpu_and_the_profile_is_the_last_ones(root):
+    (root / "docs" / "a.md").write_text(
+        "".join(f"<!-- table: {name} -->\n<!-- /table -->\n" for name in ("training history", "profile"))
+    )
+    assert written(root, "docs/a.md").count("No row is committed yet.\n") == 2
+    plain = {**RESULT, "train": {"model": {**RESULT["train"]["model"], "backend": "reference"}}}
+    parts = [{"name": "FlashMoE layers", "ms": 3.0, "launches": 12}, {"name": "attention", "ms": 1.0, "launches": 5}]
+    last = {**RESULT, "tokens_per_s": 2e6, "profile": {"busy_ms": 4.0, "parts": parts}}
+    commit(root, {**RESULT, "flash_moe": "0.1.0 (commit 1111111)"}, plain, last, TRAINING)
+    text = written(root, "docs/a.md")
+    sizes = "L 8, H 512, E 16384, K 32"
+    assert f"| {sizes} | An H200 | 1111111 | 1,000.0 M | 2,000 | 1,000,000 | 100 s | 1.500 |\n" in text
+    assert f"| {sizes}, reference | An H200 | abcdef0-dirty |" in text
+    assert "2,000,000" in text
+    assert "4,321" not in text  # of a CPU
+    assert "| FlashMoE layers | 3.00 | 75.0 % | 12 |\n" in text
+    assert "| all | 4.00 | 100.0 % |  |\n" in text
+    assert "1,000,000" not in written(root, "README.md")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

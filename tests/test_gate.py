@@ -332,6 +332,80 @@ def step_by_backward(layer, device, use_reentrant):
     return router_logits.detach(), x.grad, layer.router_gate.weight.grad, *layer.router_norm.buffers()
 
 
+def compile_and_record(layer):
+    """The layer compiled for any number of tokens, and the names of the ops in its graphs, forward and backward."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    names = []
+
+    def record(graph, _):
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    return torch.compile(layer, fullgraph=True, dynamic=True, backend=backend), names
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_compiled_it_runs_the_same_kernels(training, device):
+    layer = make_layer(device).to(torch.bfloat16).train(training)
+    compiled, names = compile_and_record(copy.deepcopy(layer))
+    for T, stance in ((11, "default"), (2, "fail_on_recompile"), (17, "fail_on_recompile")):
+        x = (torch.randn(T, 24, generator=torch.Generator().manual_seed(T)) + 3).to(device, torch.bfloat16)
+        results = []
+        with torch.compiler.set_stance(stance):
+            for call in (compiled, layer):
+                leaf = x.clone().requires_grad_()
+                y, router_logits = call(leaf)
+                (y.sum() + router_logits.square().sum()).backward()
+                results.append((y, router_logits, leaf.grad))
+        for actual, want in zip(*results, strict=True):  # the statistics are sums in another order
+            assert (actual - want).norm() <= 0.02 * want.norm()
+    for name, buffer in layer.router_norm.named_buffers():
+        torch.testing.assert_close(compiled.router_norm.get_buffer(name), buffer, rtol=0.01, atol=0.0)
+    assert "flash_moe.flash_gate.default" in names
+    assert "flash_moe.flash_gate_backward.default" in names
+
+
+def test_compiled_inference_is_one_op(device):
+    layer = make_layer(device, intermediate_size=20).to(torch.bfloat16).eval()
+    compiled, names = compile_and_record(layer)
+    with torch.no_grad():
+        for T, stance in ((11, "default"), (2, "fail_on_recompile"), (17, "fail_on_recompile"), (1, "default")):
+            x = torch.randn(T, 24, generator=torch.Generator().manual_seed(T)).to(device, torch.bfloat16)
+            with torch.compiler.set_stance(stance):
+                actual = compiled(x)
+            for result, want in zip(actual, layer(x), strict=True):
+                assert torch.equal(result, want)
+                assert result.stride() == want.stride()
+    assert [name for name in names if name.startswith("flash_moe")] == ["flash_moe.layer_inference.default"] * 2
+
+
+def test_compiled_float32_tokens_are_left_to_cublas(device):
+    """However few: how many there are would be a reason to compile again."""
+    layer = make_layer(device)
+    compiled, names = compile_and_record(layer)
+    for T, stance in ((11, "default"), (30, "fail_on_recompile")):
+        with torch.compiler.set_stance(stance):
+            compiled(torch.randn(T, 24, device=device))
+    assert not [name for name in names if "flash_gate" in name]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_compiled_recomputation_moves_statistics_once(use_reentrant, device):
+    layer = make_layer(device).to(torch.bfloat16)
+    plain, x = copy.deepcopy(layer), torch.randn(11, 24, device=device, dtype=torch.bfloat16)
+    plain(x)
+    compiled, names = compile_and_record(layer)
+    y, _ = checkpoint(compiled, x.requires_grad_(), use_reentrant=use_reentrant)
+    y.sum().backward()
+    assert "flash_moe.flash_gate.default" in names
+    for name, buffer in plain.router_norm.named_buffers():
+        torch.testing.assert_close(layer.router_norm.get_buffer(name), buffer, rtol=0.01, atol=0.001)
+
+
 @pytest.mark.parametrize("changes", [{"router_norm": "rms"}, {"router_norm": "none"}, {"backend": "torch"}], ids=str)
 def test_others_keep_to_the_composed_path(changes, device, products):
     step(make_layer(device, **changes), device)

@@ -709,8 +709,9 @@ def test_half_a_corpus_is_not_left_behind(tmp_path, config, monkeypatch, error):
 )
 def test_committed_rows_are_of_the_presets_and_reach_their_figures(device, name, limit, seconds):
     rows = read_json_lines(Path(__file__).parents[1] / "benchmarks/results/train.jsonl")
-    row = [row for row in rows if ("compute capability" in row["device"]) == (device == "gpu")][-1]
-    assert row["train"] == preset(name).to_json()
+    here = [row for row in rows if ("compute capability" in row["device"]) == (device == "gpu")]
+    # A row from before a setting was there has its default. Others are runs to compare with, by another backend say.
+    row = [row for row in here if TrainConfig.from_json(row["train"]) == preset(name)][-1]
     assert row["heldout_bits_per_byte"] < limit
     assert row["train_seconds"] < seconds
 

@@ -306,7 +306,7 @@ class FlashMoE(nn.Module):
             and type(gate) is nn.Linear
             and norm.training == self.training
             and not (_is_watched(norm) or _is_watched(gate))
-            and not (torch.compiler.is_compiling() or self._across_ranks())
+            and not self._across_ranks()
             and fuses_gate(x, self.config.backend)
         )
 

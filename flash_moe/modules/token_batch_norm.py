@@ -41,18 +41,28 @@ def token_batch_norm_gate(x: Tensor, norm: nn.BatchNorm1d, gate_weight: Tensor) 
 
     In training it updates the running statistics as ``norm`` does, but not in a recomputed forward.
     """
-    running_mean, running_var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
     if not norm.training:
-        return flash_gate(x, gate_weight, running_mean, running_var, eps=norm.eps)
-    mean, variance = batch_norm_statistics(
+        statistics = (cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var))
+        return flash_gate(x, gate_weight, *statistics, eps=norm.eps)
+    mean, variance = _moving_statistics(x, norm)
+    return flash_gate(x, gate_weight, mean, variance, eps=norm.eps, is_batch=True)
+
+
+def _moving_statistics(x: Tensor, norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """Mean and variance ``[H]`` of the columns, without a graph; the running ones move, but not in a recomputation."""
+    if torch.compiler.is_compiling():
+        # Whether it is a recomputation is asked when the graph runs, and so not of an op that takes the answer.
+        mean, variance, num_tokens = _statistics(x.detach().to(torch.float32), None)
+        _update_running(norm, mean, variance, num_tokens)
+        return mean, variance
+    return batch_norm_statistics(
         x,
-        running_mean,
-        running_var,
+        cast(Tensor, norm.running_mean),
+        cast(Tensor, norm.running_var),
         cast(Tensor, norm.num_batches_tracked),
         momentum=cast(float, norm.momentum),
         is_update=not is_recomputing(),
     )
-    return flash_gate(x, gate_weight, mean, variance, eps=norm.eps, is_batch=True)
 
 
 def _native_batch_norm(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:

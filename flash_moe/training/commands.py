@@ -11,10 +11,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from flash_moe.modules.flash_moe import BACKENDS
 from flash_moe.training.generate import generate_bytes, to_text
 from flash_moe.training.loop import Row, TrainResult, load_model, read_config, start_run
 from flash_moe.training.loop import train as train_run
 from flash_moe.training.presets import PRESETS, TrainConfig, preset
+from flash_moe.training.profiling import StepProfile, describe
 
 SAMPLE_PROMPT = "def "
 SAMPLE_BYTES = 400
@@ -29,6 +31,8 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Sequences in a step.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the weights and the batches.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda [default: auto].")] = None,
+    backend: Annotated[str | None, typer.Option(help=f"{', '.join(BACKENDS)} [default: auto].")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show which part of a step takes how long.")] = False,
 ) -> None:
     """Train a small FlashMoE language model and show what it has learnt."""
     settings = {"data": data, "num_steps": steps, "batch_size": batch_size, "seed": seed, "device": device}
@@ -36,13 +40,15 @@ def train(
     console = Console(highlight=False)
     if resume is None:
         config = replace(preset(preset_name or "cpu"), **given)
+        if backend is not None:
+            config = replace(config, model=replace(config.model, backend=backend))  # type: ignore[arg-type] # is checked
         folder = start_run(config, run or Path("runs", time.strftime("%Y%m%d-%H%M%S")))
     else:
-        if given or run is not None or preset_name is not None:
-            raise ValueError("resume: expected no other option, since a run keeps its settings; got one")
+        if given or any(option is not None for option in (run, preset_name, backend)):
+            raise ValueError("resume: expected no other option but profile, since a run keeps its settings; got one")
         folder, config = resume, read_config(resume)
     with ProgressDisplay(console, config) as display:
-        result = train_run(folder, display.show)
+        result = train_run(folder, display.show, with_profile=profile)
     if not result.finished:
         console.print(f"Stopped and saved after step {result.step}. Continue with:", soft_wrap=True)
         console.print(f"  flash-moe train --resume {folder}", soft_wrap=True)
@@ -110,6 +116,9 @@ class ProgressDisplay:
         elif row["kind"] == "heldout":
             bits = f"{row['bits_per_byte']:.3f}"
             self.console.print(f"after step {row['step']}: {bits} bits per byte of held-out text", soft_wrap=True)
+        elif row["kind"] == "profile":
+            profile = StepProfile.from_json(row)
+            self.console.print(describe(profile, self.config.model.num_layers))
 
     def _show_line(self, row: Row, loss: str, speed: str) -> None:
         self.first_step = self.first_step or row["step"]

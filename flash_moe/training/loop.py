@@ -29,9 +29,12 @@ from flash_moe.training.files import read_json_lines, write_atomically, write_js
 from flash_moe.training.model import LanguageModel
 from flash_moe.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from flash_moe.training.presets import TrainConfig
+from flash_moe.training.profiling import CLIPPING, StepProfile, describe, profile_step, write_text
 
-CONFIG_FILE, METRICS_FILE, DATA_FOLDER = "config.json", "metrics.jsonl", "data"
+CONFIG_FILE, METRICS_FILE, PROFILE_FILE, DATA_FOLDER = "config.json", "metrics.jsonl", "profile.txt", "data"
 LOSS_PLOT, EXPERTS_PLOT = "loss.png", "experts.png"
+# Steps before the one that is profiled: kernels are compiled and the allocator has what it needs.
+STEPS_BEFORE_PROFILE = 20
 
 Row = dict[str, Any]
 
@@ -102,16 +105,22 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def train(run: str | Path, on_row: Callable[[Row], None] = lambda row: None) -> TrainResult:
+def train(
+    run: str | Path, on_row: Callable[[Row], None] = lambda row: None, *, with_profile: bool = False
+) -> TrainResult:
     """Train the run in ``run`` (from ``start_run``) from its last checkpoint, or from the beginning, to its end.
 
     Every row of ``metrics.jsonl`` is also given to ``on_row``. Ctrl-C or SIGTERM ends the step under way, saves and
-    returns; a second Ctrl-C interrupts as usual.
+    returns; a second Ctrl-C interrupts as usual. ``with_profile`` has one step profiled: ``profile.txt`` and a row.
     """
     trainer = Trainer(Path(run), on_row)
+    profiled = min(trainer.step + STEPS_BEFORE_PROFILE, trainer.config.num_steps - 1) if with_profile else None
     with StopSignal() as stop:
         while trainer.step < trainer.config.num_steps:
-            trainer.train_step()
+            if trainer.step == profiled:
+                trainer.profile_step()
+            else:
+                trainer.train_step()
             trainer.evaluate_if_due()
             if stop.requested:
                 trainer.save()
@@ -145,6 +154,19 @@ class Trainer:
         self.last_loss = self.last_gradient_norm = torch.zeros(())
         self._drop_later_rows()
         self._clock, self._clock_step = time.perf_counter(), self.step
+        self._profile: StepProfile | None = None
+
+    def profile_step(self) -> None:
+        """``train_step``, and what of the device's time goes where; the profiler's own time is nobody's."""
+        before = time.perf_counter()
+        with profile_step(self.model) as profile:
+            self._clock += time.perf_counter() - before
+            self.train_step()
+            before = time.perf_counter()
+        self._profile = profile
+        write_text(describe(profile, self.config.model.num_layers), self.run / PROFILE_FILE)
+        self._log({"kind": "profile", "step": self.step, **profile.to_json()})
+        self._clock += time.perf_counter() - before
 
     def train_step(self) -> None:
         config = self.config
@@ -155,7 +177,8 @@ class Trainer:
         router_loss = self.model.router_loss()
         self.optimizer.zero_grad(set_to_none=True)
         (loss if router_loss is None else loss + router_loss).backward()
-        self.last_gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+        with torch.profiler.record_function(CLIPPING):
+            self.last_gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
         self.optimizer.step()
         self.step += 1
         self.last_loss = loss.detach()
@@ -264,6 +287,8 @@ class Trainer:
         }
         if self.device.type == "cuda":
             result["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+        if self._profile is not None:
+            result["profile"] = self._profile.to_json()
         self._log(result)
 
     def _draw(self) -> str:

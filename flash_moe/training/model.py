@@ -32,6 +32,8 @@ class LanguageModelConfig:
     router_z_loss_coef: float = 0.0
     context_length: int = 128
     rope_theta: float = 10_000.0
+    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+    """Of the mixtures of experts."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_layers", "num_heads", "context_length"):
@@ -54,6 +56,7 @@ class LanguageModelConfig:
             router_aux_loss_coef=self.router_aux_loss_coef,
             router_z_loss_coef=self.router_z_loss_coef,
             track_expert_usage=True,
+            backend=self.backend,
         )
 
 

@@ -1,0 +1,157 @@
+"""What stands beside the layer in its table and is no competitor of `flash-moe bench layer`, since it computes more or
+less than that: the layer compiled, a layer in float32 under autocast, and a dense MLP of the same active arithmetic.
+
+Run: python benchmarks/layer.py --commit COMMIT --out FILE [--mode MODE] [--case TxHxIxExK]     on a GPU
+
+    eager     the layer as `flash-moe bench layer` has it, in the same process as the compiled one
+    compiled  torch.compile(layer, fullgraph=True, dynamic=True): one compilation for all T from 2 on
+    autocast  parameters and tokens in float32 under bfloat16 autocast, with norm_topk_prob: as flash-moe train runs it
+    dense     flash_mlp of the intermediate size that takes as many multiplications a token
+
+Forward is evaluation without gradients, forward and backward is training. Both are called eagerly and in a CUDA graph.
+A compiled layer is compared with the eager one before it is timed.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flash_moe import FlashMoE, FlashMoEConfig
+from flash_moe.bench.cases import Sizes, parse_sizes
+from flash_moe.bench.machine import describe_machine
+from flash_moe.bench.timing import CudaTimer, percentiles
+from flash_moe.ops.flash_mlp import flash_mlp
+
+T_OF = {"eager": (1, 64, 4096), "compiled": (1, 64, 4096), "dense": tuple(4**i for i in range(9)), "autocast": (4096,)}
+SIZES = (1024, 4096, 16384, 64)
+IDLE_START_TOKENS = 64  # as in flash-moe bench: so few are timed on an idle GPU
+# Of the norm: both round to bfloat16, and a logit that rounds otherwise may choose another expert.
+MAX_ERROR = 0.05
+SECONDS = 0.2
+
+Call = Callable[[], Any]
+
+
+class DenseMLP(nn.Module):
+    """The routed experts' 2 K and the router's 2 N rows of H a token, as further rows of an MLP that has 3 I."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        H, I, E, K = sizes
+        width = I + round((2 * K + 2 * isqrt(E)) / 3)
+        self.projections = nn.ModuleList(nn.Linear(*ends, bias=False) for ends in ((H, width), (H, width), (width, H)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (flash_mlp(x, *(projection.weight for projection in self.projections)),)
+
+
+def make_layer(mode: str, sizes: Sizes) -> nn.Module:
+    H, I, E, K = sizes
+    config = FlashMoEConfig(
+        hidden_size=H, intermediate_size=I, num_experts=E, num_experts_per_tok=K, norm_topk_prob=mode == "autocast"
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        layer = DenseMLP(sizes) if mode == "dense" else FlashMoE(config)
+    return layer if mode == "autocast" else layer.to(torch.bfloat16)
+
+
+def bind(mode: str, layer: nn.Module, call: Call, T: int, sizes: Sizes, which: str) -> Call:
+    """The call of a pass on tokens that stay the same."""
+    generator = torch.Generator("cuda").manual_seed(T)
+    dtype = torch.float32 if mode == "autocast" else torch.bfloat16
+    x, dout = torch.randn(2, T, sizes[0], generator=generator, device="cuda").to(dtype)
+    context = (
+        partial(torch.autocast, "cuda", torch.bfloat16, cache_enabled=False) if mode == "autocast" else nullcontext
+    )
+    if which == "forward":
+        return partial(_forward, call, x, context)
+    leaves = [x.requires_grad_(), *layer.parameters()]
+    return partial(_forward_backward, call, x, dout, leaves, context)
+
+
+def _forward(call: Call, x: Tensor, context: Callable[[], AbstractContextManager[Any]]) -> Tensor:
+    with torch.no_grad(), context():
+        return call(x)[0]
+
+
+def _forward_backward(
+    call: Call, x: Tensor, dout: Tensor, leaves: list[Tensor], context: Callable[[], AbstractContextManager[Any]]
+) -> tuple[Tensor, ...]:
+    with context():
+        y = call(x)[0]
+    return (y.detach(), *torch.autograd.grad(y, leaves, dout.to(y.dtype)))
+
+
+def check(actual: Call, expected: Call) -> None:
+    for x, want in zip(_tuple(actual()), _tuple(expected()), strict=True):
+        error = ((x.float() - want.float()).norm() / want.float().norm()).item()
+        if not error <= MAX_ERROR:
+            raise ValueError(
+                f"compiled: expected the eager layer's results to {MAX_ERROR}; got an error of {error:.1e}"
+            )
+
+
+def measure(mode: str, tokens: Sizes, sizes: Sizes, timer: CudaTimer) -> Iterator[dict[str, Any]]:
+    layer = make_layer(mode, sizes)
+    call: Call = torch.compile(layer, fullgraph=True, dynamic=True) if mode == "compiled" else layer
+    for which in ("forward", "forward_backward"):
+        layer.train(which != "forward")
+        for T in reversed(tokens):  # the largest first: a single token is compiled for itself
+            if T == 1 and which != "forward" and mode != "dense":
+                continue  # BatchNorm cannot train on one token
+            bound = bind(mode, layer, call, T, sizes, which)
+            if mode == "compiled":
+                check(bound, bind(mode, layer, layer, T, sizes, which))
+            timer.warm_up(bound)
+            yield _row(mode, which, T, sizes, "", timer.time_eager(bound, idle_start=T <= IDLE_START_TOKENS))
+            yield _row(mode, which, T, sizes, ", CUDA graph", timer.time_graph([lambda bound=bound: bound]).times)
+            del bound
+            timer.free()
+
+
+def _row(mode: str, which: str, T: int, sizes: Sizes, launch: str, times: list[float]) -> dict[str, Any]:
+    H, I, E, K = sizes
+    return {
+        "op": "FlashMoE",
+        "case": f"T {T}, H {H}, I {I}, E {E}, K {K}{launch}",
+        "backend": "dense MLP" if mode == "dense" else f"triton, {mode}",
+        "pass": which,
+        "dtype": "bfloat16",
+        "time_us": [round(time, 3) for time in percentiles(times)],
+    }
+
+
+def _tuple(x: Any) -> tuple[Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", action="append", choices=list(T_OF), help="may be repeated; by default all")
+    parser.add_argument("--case", help="sizes TxHxIxExK in place of the documented layer's")
+    parser.add_argument("--commit", help="of the code; by default what git says")
+    parser.add_argument("--out", type=Path, help="append the rows to this .jsonl file")
+    args = parser.parse_args()
+    machine = describe_machine(torch.device("cuda"), args.commit)
+    timer = CudaTimer(torch.device("cuda"), SECONDS)
+    case = parse_sizes("layer", args.case) if args.case else None
+    for mode in args.mode or T_OF:
+        tokens, sizes = (case[:1], case[1:]) if case else (T_OF[mode], SIZES)
+        for row in measure(mode, tokens, sizes, timer):
+            print(f"{row['backend']:20} {row['case']:56} {row['pass']:16} {row['time_us'][1]:10.1f} us", flush=True)
+            if args.out:
+                with args.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row | machine) + "\n")
+
+
+if __name__ == "__main__":
+    main()
