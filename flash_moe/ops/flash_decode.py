@@ -117,7 +117,8 @@ def flash_decode(
             name = "triton" if backend == "triton" else "torch"
             out, logits = torch.ops.flash_moe.flash_decode(x, *weights, *_options(layer), policy, name)
         else:  # an op takes no Python objects
-            out, logits = _implementation("torch").decode_interpreted(x, layer, policy, trace)
+            run = _implementation("triton").decode_traced if backend == "triton" else None
+            out, logits = (run or _implementation("torch").decode_interpreted)(x, layer, policy, trace)
     return (out, logits) if return_router_logits else out
 
 

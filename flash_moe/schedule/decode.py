@@ -21,10 +21,10 @@ The tasks stand in one table, in an order in which each comes after all that it 
 The lead lets the GATE_UP tiles of later slots fill the time in which a slot's DOWN tiles would wait.
 """
 
-from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
 
 from flash_moe._checks import check_int
 from flash_moe.schedule.tasks import (
@@ -48,12 +48,21 @@ ROUTED, SELECTED, FINISHED, FIRST_SLOT = range(4)
 
 MAX_PROGRAMS = 2**20
 
-# The fields of the serialized header, in order; those that end in _at are positions in the whole array.
-HEADER = (
-    "num_tasks", "num_counters", "num_slots", "num_head", "num_tail", "gate_up_tiles", "down_tiles", "lead",
-    "num_programs", "tasks_at", "sections_at", "dealt_at", "released_offsets_at", "released_at", "num_words",
-    "reserved",
-)  # fmt: skip
+# What a counter reaches that no task waits for.
+NEVER = 2**31 - 1
+
+
+class Serialized(NamedTuple):
+    """A schedule as flat int32, for a kernel."""
+
+    tasks: list[int]
+    """``TASK_WORDS`` for each task, in the order of the table."""
+    totals: list[int]
+    """For each counter what it reaches: a fixed number, and one a slot hit."""
+    released_offsets: list[int]
+    released: list[int]
+    """Tasks at ``released[offsets[c]]`` up to ``released[offsets[c + 1]]`` wait for counter c; the entry after the last
+    counter has those that wait for nothing."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +111,6 @@ class Schedule:
         gate_ups, downs = min(step, self.sizes.num_slots), max(0, step - self.lead)
         return self.num_head + gate_ups * self.gate_up_tiles + downs * self.down_tiles
 
-    def section_of(self, index: int) -> int:
-        """0, 1 or 2: the head, the steps or the tail."""
-        return (index >= self.num_head) + (index >= len(self.tasks) - self.num_tail)
-
     @cached_property
     def released(self) -> tuple[tuple[int, ...], ...]:
         """For each counter the tasks that wait for it; the last entry has those that wait for nothing."""
@@ -135,32 +140,15 @@ class Schedule:
             tokens = self.sizes.T
         return task.cost(self.sizes, self.sizes.expected_tokens if tokens is None else tokens)
 
-    def serialize(self, dealt: Sequence[Sequence[int]] = ()) -> list[int]:
-        """Everything a kernel needs, as int32: the header (``HEADER``), then the arrays that it points to.
-
-        - tasks: ``TASK_WORDS`` for each task, in the order of the table. A program that walks its own list may leave
-          the steps at the first task whose step is ``hits + lead`` or more.
-        - sections: for each program four positions within ``dealt``: where its head, its steps and its tail begin, and
-          where it ends.
-        - dealt: places in the table, program after program; empty without ``dealt``, the lists of the static policy.
-        - released_offsets, released: for counter c the tasks at released[offsets[c]] up to released[offsets[c + 1]]
-          wait for it; the entry after the last counter has those that wait for nothing.
-        """
+    def serialize(self) -> Serialized:
         tasks = [word for task in self.tasks for word in task.serialize()]
-        starts = _offsets(dealt)
-        sections = [
-            at + bisect_left(mine, end)
-            for at, mine in zip(starts, dealt, strict=False)
-            for end in (0, self.num_head, len(self.tasks) - self.num_tail, len(self.tasks))
-        ]
-        lists = [index for mine in dealt for index in mine]
-        arrays = [tasks, sections, lists, _offsets(self.released), [i for each in self.released for i in each]]
-        *places, end = (len(HEADER) + offset for offset in _offsets(arrays))
-        header = [
-            len(self.tasks), self.num_counters, self.sizes.num_slots, self.num_head, self.num_tail, self.gate_up_tiles,
-            self.down_tiles, self.lead, self.num_programs, *places, end, 0,
-        ]  # fmt: skip
-        return header + [word for array in arrays for word in array]
+        totals = []
+        for counter in range(self.num_counters):
+            is_used = counter == FINISHED or self.released[counter]
+            total = self.total(counter) if is_used else Need(counter, NEVER)
+            totals += [total.fixed, total.per_hit]
+        offsets = list(accumulate(map(len, self.released), initial=0))
+        return Serialized(tasks, totals, offsets, [i for each in self.released for i in each])
 
 
 def build_schedule(sizes: Sizes, tiles: Tiles, num_programs: int) -> Schedule:
@@ -262,10 +250,3 @@ def _best_width(make: type[Task], size: int, sizes: Sizes, num_programs: int, ra
 
 def _cut(size: int, width: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + width, size)) for begin in range(0, size, width)]
-
-
-def _offsets(lists: Sequence[Sequence[int]]) -> list[int]:
-    offsets = [0]
-    for each in lists:
-        offsets.append(offsets[-1] + len(each))
-    return offsets

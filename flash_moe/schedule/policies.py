@@ -1,6 +1,6 @@
 """Three ways to hand the tasks of a schedule to programs, each written as the loop that a program runs.
 
-static   tasks are dealt ahead, evenly for any number of slots hit; a program waits only for what its next task needs.
+static   of G programs, program p takes the live tasks p, p + G, ...; it waits only for what its next task needs.
 queue    a program takes the next task from one counter, and waits there until that task may start. It asks for the
          one after that before it begins, so that the answer is there when it is done.
 actor    workers take a task when their doorbell rings. A finished task that was the last of its kind's fan-in pushes
@@ -11,14 +11,12 @@ A task's result does not depend on who runs it or when, so all give the same bit
 """
 
 import itertools
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
-from heapq import heapify, heapreplace
 
 from flash_moe.schedule.decode import FINISHED, SELECTED, Schedule
 from flash_moe.schedule.machine import Add, Busy, Machine, Program, Run, ScheduleError, Signal, Slots, Wait
-from flash_moe.schedule.tasks import NO_COUNTER, Kind, Rates
+from flash_moe.schedule.tasks import NO_COUNTER, Rates
 from flash_moe.schedule.trace import Trace
 
 # What "auto" is until rows say otherwise.
@@ -43,8 +41,7 @@ def run_policy(
 
 
 def run_static(machine: Machine) -> None:
-    dealt = deal(machine.schedule, machine.rates)
-    machine.run([_static_program(machine, mine) for mine in dealt])
+    machine.run([_static_program(machine, number) for number in range(machine.schedule.num_programs)])
 
 
 def run_queue(machine: Machine) -> None:
@@ -65,28 +62,6 @@ def run_actor(machine: Machine, num_schedulers: int = 1) -> None:
 POLICIES: dict[str, Callable[[Machine], None]] = {"static": run_static, "queue": run_queue, "actor": run_actor}
 
 
-def deal(schedule: Schedule, rates: Rates) -> list[list[int]]:
-    """For each program its tasks, in the order of the table.
-
-    Every kind is dealt evenly for itself, slot by slot, since programs wait for one another between kinds and since
-    any number of slots may be hit: a task goes to the program with the least of its kind so far. Where that leaves a
-    choice, the last of one kind's tiles make up for the last of another's.
-    """
-    dealt: list[list[int]] = [[] for _ in range(schedule.num_programs)]
-    in_all = [0] * schedule.num_programs
-    for kind in Kind:
-        lightest = [(0, in_all[program], program) for program in range(schedule.num_programs)]
-        heapify(lightest)
-        for index, task in enumerate(schedule.tasks):
-            if task.kind is kind:
-                load, total, program = lightest[0]
-                time = schedule.cost(index).time_ns(rates, schedule.num_programs)
-                dealt[program].append(index)
-                in_all[program] = total + time
-                heapreplace(lightest, (load + time, total + time, program))
-    return [sorted(mine) for mine in dealt]
-
-
 def _perform(machine: Machine, index: int) -> Program:
     """Wait for what a task needs, run it, and tell."""
     task = machine.schedule.tasks[index]
@@ -100,16 +75,16 @@ def _wait_for_slots(machine: Machine) -> Program:
     yield Wait(SELECTED, machine.schedule.total(SELECTED).fixed)
 
 
-def _static_program(machine: Machine, mine: list[int]) -> Program:
+def _static_program(machine: Machine, number: int) -> Program:
     schedule = machine.schedule
-    head = bisect_left(mine, schedule.num_head)
-    for index in mine[:head]:
-        yield from _perform(machine, index)
-    if mine[head:]:
-        yield from _wait_for_slots(machine)
-    for index in mine[head:]:
-        if schedule.tasks[index].slot < machine.slots.hits:
-            yield from _perform(machine, index)
+    n = number
+    while n < schedule.num_head:
+        yield from _perform(machine, n)
+        n += schedule.num_programs
+    yield from _wait_for_slots(machine)
+    hits = machine.slots.hits
+    for later in range(n, schedule.num_live(hits), schedule.num_programs):
+        yield from _perform(machine, schedule.nth_live(later, hits))
 
 
 def _queue_program(machine: Machine) -> Program:

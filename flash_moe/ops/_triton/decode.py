@@ -16,10 +16,13 @@ from torch import Tensor
 from flash_moe._checks import debug_enabled
 from flash_moe._moe_layer import MoELayer
 from flash_moe.ops._triton.counters import LINE
-from flash_moe.ops._triton.decode_kernel import NUM_OWN, decode_kernel
+from flash_moe.ops._triton.decode_kernel import FEW, NUM_OWN, decode_kernel
+from flash_moe.ops._triton.decode_trace import MAX_RECORDS, fill_trace, make_records
 from flash_moe.ops._triton.math import INTERPRETED
-from flash_moe.schedule.decode import FIRST_SLOT, Schedule, build_schedule
+from flash_moe.schedule.decode import SELECTED, Schedule, build_schedule
+from flash_moe.schedule.policies import AUTO
 from flash_moe.schedule.tasks import Sizes, Tiles
+from flash_moe.schedule.trace import Trace
 
 MAX_TOKENS, MAX_EXPERTS = 128, 1024
 # Polls that a program makes in all before it gives up: about a second, an atomic taking most of a microsecond.
@@ -46,6 +49,9 @@ class Config(NamedTuple):
     num_warps: int = 4
     programs: int = 2
     """At most, on a multiprocessor."""
+    schedulers: int = 1
+    batch: int = 2**20
+    """Tasks that a scheduler hands out at once, at most."""
 
     @property
     def max_registers(self) -> int:
@@ -81,6 +87,9 @@ class State(NamedTuple):
     weights: Tensor
     keys: Tensor
     slots: Tensor
+    ready: Tensor
+    doorbells: Tensor
+    busy: Tensor
 
 
 class _Call(NamedTuple):
@@ -102,8 +111,9 @@ class _Call(NamedTuple):
         return triton.cdiv(self.sizes.H, ROW_ELEMENTS) * ROW_ELEMENTS
 
     @property
-    def num_rows(self) -> int:
-        return self.sizes.T * (self.sizes.K + (self.sizes.shared_intermediate_size > 0))
+    def num_places(self) -> int:
+        """In the actor's list of ready tasks."""
+        return len(plan(self).schedule.tasks) + self.config.schedulers
 
     @property
     def num_counters(self) -> int:
@@ -114,7 +124,8 @@ class _Call(NamedTuple):
         T, E, block_e = self.sizes.T, self.sizes.E, triton.next_power_of_2(self.sizes.E)
         words = {
             "counters": (self.num_counters * LINE.value,), "flag": (1,), "takers": (E * triton.cdiv(T, 32),),
-            "pairs": (T, E), "weights": (self.num_rows,), "keys": (self.G, 2, block_e), "slots": (self.G, E),
+            "pairs": (T, E), "weights": (T * (E + 1),), "keys": (self.G, 2, block_e), "slots": (self.G, E),
+            "ready": (self.num_places,), "doorbells": (self.G * LINE.value,), "busy": (self.G,),
         }  # fmt: skip
         tensors = [
             torch.zeros(count, *shape, dtype=torch.float32 if name == "weights" else torch.int32, device=self.device)
@@ -124,22 +135,29 @@ class _Call(NamedTuple):
 
     def make_buffers(self) -> tuple[Tensor, Tensor]:
         """For activated rows and for weighted products."""
-        activated = torch.empty(self.num_rows, self.activated_stride, dtype=self.dtype, device=self.device)
-        products = torch.empty(self.num_rows, self.product_stride, dtype=torch.float32, device=self.device)
+        sizes = self.sizes
+        shared = sizes.T * (sizes.shared_intermediate_size > 0)
+        # Few tokens are all taken along by each slot.
+        rows = shared + sizes.T * (sizes.num_slots if sizes.T <= FEW.value else sizes.K)
+        activated = torch.empty(rows, self.activated_stride, dtype=self.dtype, device=self.device)
+        rows = shared + sizes.T * sizes.K
+        products = torch.empty(rows, self.product_stride, dtype=torch.float32, device=self.device)
         return activated, products
 
 
 class Plan(NamedTuple):
     schedule: Schedule
     tasks: Tensor
-    num_selects: int
+    totals: Tensor
+    released_offsets: Tensor
+    released: Tensor
 
 
 @lru_cache(MAX_REMEMBERED)
 def plan(call: _Call) -> Plan:
     schedule = build_schedule(call.sizes, tiles_of(call.sizes, call.config, call.G), call.G)
-    words = [word for task in schedule.tasks for word in task.serialize()]
-    return Plan(schedule, torch.tensor(words, dtype=torch.int32, device=call.device), call.sizes.T)
+    arrays = schedule.serialize()
+    return Plan(schedule, *(torch.tensor(array, dtype=torch.int32, device=call.device) for array in arrays))
 
 
 class _Scratches:
@@ -182,6 +200,21 @@ class _Scratches:
 _scratches = _Scratches()
 
 
+def decode_traced(hidden_states: Tensor, layer: MoELayer, policy: str, trace: Trace) -> tuple[Tensor, Tensor]:
+    """As ``decode_forward``, waiting for the device; ``trace`` gets what every program did."""
+    check_decode(hidden_states, layer)
+    out, logits = _make_outputs(hidden_states, layer)
+    if hidden_states.shape[0] == 0:
+        trace.begin(policy, "GPU", 0, {})
+        return out, logits
+    with torch.cuda.device_of(hidden_states):
+        call = _call_of(hidden_states, layer)
+        records = make_records(call.G, hidden_states.device)
+        _launch(call, hidden_states, layer, policy, logits, out, records)
+        fill_trace(trace, records, _scratches.get(call)[0].slots, plan(call).schedule, _policy_of(hidden_states, policy))
+    return out, logits
+
+
 def check_decode(hidden_states: Tensor, layer: MoELayer) -> None:
     """Raise ``ValueError``, naming the argument, for what the kernel does not take."""
     refused = {
@@ -203,21 +236,36 @@ def decode_forward(hidden_states: Tensor, layer: MoELayer, policy: str) -> tuple
         RuntimeError: under ``FLASH_MOE_DEBUG=1`` a program has given up waiting, in this call or in an earlier one.
     """
     check_decode(hidden_states, layer)
-    out = torch.empty_like(hidden_states)
-    logits = layer.router_weight.new_empty(hidden_states.shape[0], layer.router_weight.shape[0])
+    out, logits = _make_outputs(hidden_states, layer)
     if hidden_states.shape[0] > 0:
         with torch.cuda.device_of(hidden_states):
-            _launch(hidden_states, layer, "static" if policy == "auto" else policy, logits, out)
+            _launch(_call_of(hidden_states, layer), hidden_states, layer, policy, logits, out)
     return out, logits
 
 
-def _launch(x: Tensor, layer: MoELayer, policy: str, logits: Tensor, out: Tensor) -> None:
-    sizes, routing = _sizes_of(x, layer), layer.routing
+def _make_outputs(hidden_states: Tensor, layer: MoELayer) -> tuple[Tensor, Tensor]:
+    logits = layer.router_weight.new_empty(hidden_states.shape[0], layer.router_weight.shape[0])
+    return torch.empty_like(hidden_states), logits
+
+
+def _policy_of(x: Tensor, policy: str) -> str:
+    """The interpreter has one program, which is no actor's scheduler and worker at once."""
+    return AUTO if policy == "auto" or not x.is_cuda else policy
+
+
+def _call_of(x: Tensor, layer: MoELayer) -> _Call:
+    sizes = _sizes_of(x, layer)
     config = config_of(sizes.T, layer.down_proj.element_size())
-    constants = kernel_constants(sizes, config, layer, policy, is_traced=False)
-    call = _Call(x.device, x.dtype, sizes, config, _num_programs(x.device, config))
+    return _Call(x.device, x.dtype, sizes, config, _num_programs(x.device, config))
+
+
+def _launch(
+    call: _Call, x: Tensor, layer: MoELayer, policy: str, logits: Tensor, out: Tensor, records: Tensor | None = None
+) -> None:
+    sizes, config, routing = call.sizes, call.config, layer.routing
+    constants = kernel_constants(sizes, config, layer, _policy_of(x, policy), is_traced=records is not None)
     state, (activated, products) = _scratches.get(call)
-    schedule, tasks, num_selects = plan(call)
+    schedule, *arrays = plan(call)
     shared = layer.shared or (None, None, None, None)
     options: dict[str, Any] = {"num_warps": config.num_warps}
     if not INTERPRETED:
@@ -225,11 +273,12 @@ def _launch(x: Tensor, layer: MoELayer, policy: str, logits: Tensor, out: Tensor
         options |= {"launch_cooperative_grid": True, "maxnreg": config.max_registers}
     decode_kernel[(call.G,)](
         x, layer.router_weight, layer.gate_up_proj, layer.down_proj, routing.correction_bias, *shared,
-        layer.gate_up_scale, layer.down_scale, logits, out, tasks, *state, activated, products, state.flag,
-        float(routing.routed_scaling_factor), MAX_POLLS, sizes.T, sizes.num_slots, num_selects, schedule.num_head,
-        schedule.num_tail, schedule.gate_up_tiles, schedule.down_tiles, schedule.lead, call.activated_stride,
-        call.product_stride, 0, **constants, NUM_COUNTERS=call.num_counters,
-        BLOCK_COUNTERS=triton.next_power_of_2(call.num_counters), **options,
+        layer.gate_up_scale, layer.down_scale, logits, out, *arrays, *state, activated, products,
+        state.flag if records is None else records, float(routing.routed_scaling_factor), MAX_POLLS, sizes.T,
+        sizes.num_slots, schedule.total(SELECTED).fixed, schedule.num_head, schedule.num_tail, schedule.gate_up_tiles,
+        schedule.down_tiles, schedule.lead, call.activated_stride, call.product_stride, MAX_RECORDS,
+        schedule.num_counters, call.num_places, **constants, BLOCK_G=triton.next_power_of_2(call.G),
+        NUM_COUNTERS=call.num_counters, BLOCK_COUNTERS=triton.next_power_of_2(call.num_counters), **options,
     )  # fmt: skip
     if debug_enabled() and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         _check_flag(state)
@@ -275,6 +324,8 @@ def kernel_constants(
         "HAS_SHARED_GATE": layer.shared is not None and layer.shared.gate is not None,
         "POLICY": policy,
         "TRACE": is_traced,
+        "SCHEDULERS": config.schedulers,
+        "BATCH": config.batch,
         "BLOCK_T": block_t,
         "WORDS": words,
         "ROUTE_EXPERTS": tiles.route_experts,

@@ -1,8 +1,8 @@
 """The experts' tasks in the kernel of flash_decode: tiles of the two products, and the weighted sum.
 
 H hidden size, I intermediate size, N tokens of one expert. Weights go through tensor cores as ``[rows, columns]`` times
-``[columns, N]``: each is read once for all tokens of its expert. Activated rows and products are those of pair
-t * K + k; a row begins a cache line, so that no line holds what two programs write at different times.
+``[columns, N]``: each is read once for all tokens of its expert. Products have a row for each pair t * K + k; a row
+begins a cache line, so that no line holds what two programs write at different times.
 """
 
 import triton
@@ -38,7 +38,7 @@ def gate_up(
     begin,
     end,
     tokens,
-    pairs,
+    rows,
     is_token,
     first_up_row,
     STRIDE,
@@ -68,7 +68,7 @@ def gate_up(
         up *= tl.load(gate_scale_ptr + first_up_row + row)[:, None]
     activated = round_for(activated_ptr, activation(gate, HIDDEN_ACT) * up)
     mask = (i < end)[:, None] & is_token[None, :]
-    tl.store(activated_ptr + pairs[None, :] * STRIDE + i[:, None], activated, mask=mask)
+    tl.store(activated_ptr + rows[None, :] * STRIDE + i[:, None], activated, mask=mask)
 
 
 @triton.jit
@@ -79,8 +79,10 @@ def down(
     products_ptr,
     begin,
     end,
+    rows,
+    is_row,
     pairs,
-    is_token,
+    is_pair,
     weights,
     STRIDE,
     PRODUCT_STRIDE,
@@ -91,7 +93,7 @@ def down(
     BLOCK_I: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Weighted products of rows ``[begin, end)`` of one expert, in float32."""
+    """Weighted products of rows ``[begin, end)`` of one expert, in float32, for those columns that are pairs."""
     h = begin + tl.arange(0, ROWS)
     row = tl.minimum(h, end - 1)
     sums = tl.zeros([ROWS, N], tl.float32)
@@ -99,14 +101,14 @@ def down(
         i = first + tl.arange(0, BLOCK_I)
         mask = (h < end)[:, None] & (i < I)[None, :]
         down_weights = tl.load(down_ptr + row[:, None] * I + i[None, :], mask=mask, other=0.0)
-        mask = is_token[None, :] & (i < I)[:, None]
+        mask = is_row[None, :] & (i < I)[:, None]
         # Past the L1 cache, which knows nothing of other multiprocessors' stores.
-        at = activated_ptr + pairs[None, :] * STRIDE + i[:, None]
+        at = activated_ptr + rows[None, :] * STRIDE + i[:, None]
         activated = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
         sums = _times(down_weights, activated, sums, scale_ptr, row, first, I, SCALE)
     if SCALE == "row":
         sums *= tl.load(scale_ptr + row)[:, None]
-    mask = (h < end)[:, None] & is_token[None, :]
+    mask = (h < end)[:, None] & is_pair[None, :]
     tl.store(products_ptr + pairs[None, :] * PRODUCT_STRIDE + h[:, None], sums * weights[None, :], mask=mask)
 
 
@@ -135,7 +137,7 @@ def combine(
         at = products_ptr + (t * K + k)[:, None] * PRODUCT_STRIDE + h[None, :]
         out += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     if HAS_SHARED:
-        weights = tl.load(weights_ptr + T * K + t, mask=t < end_token, other=0.0, cache_modifier=".cg")
+        weights = tl.load(weights_ptr + t, mask=t < end_token, other=0.0, cache_modifier=".cg")
         at = products_ptr + (T * K + t)[:, None] * PRODUCT_STRIDE + h[None, :]
         out += weights[:, None] * tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     tl.store(out_ptr + t[:, None] * H + h[None, :], round_for(out_ptr, out), mask=mask)

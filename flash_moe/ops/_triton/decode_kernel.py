@@ -7,41 +7,25 @@ and it takes all tasks in the order of the table, under any policy.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import globaltimer
 
 from flash_moe.ops._triton.counters import LINE, arrive, wait
+from flash_moe.ops._triton.decode_actor import STOP, WORDS_OF_TASK, push_released, push_stop, receive, run_scheduler
 from flash_moe.ops._triton.decode_experts import combine, down, gate_up
+from flash_moe.ops._triton.decode_records import DOORBELL, now, record
 from flash_moe.ops._triton.decode_routing import find_slots, num_takers, route, select, takers_of
-from flash_moe.schedule.decode import ROUTED, SELECTED
-from flash_moe.schedule.tasks import SHARED, TASK_WORDS, Kind
+from flash_moe.schedule.decode import FINISHED, SELECTED
+from flash_moe.schedule.tasks import SHARED, Kind
 
 # Counters in the order of the schedule's, after those of the policies.
 TICKET, LEFT, READY, NUM_OWN = (tl.constexpr(i) for i in range(4))
 ALL_SELECTED = tl.constexpr(NUM_OWN.value + SELECTED)
 SHARED_SLOT = tl.constexpr(SHARED)
-WORDS_OF_TASK = tl.constexpr(len(TASK_WORDS))
+ALL_DONE = tl.constexpr(FINISHED)
 IS_ROUTE, IS_SELECT, IS_GATE_UP, IS_DOWN, IS_COMBINE = (tl.constexpr(int(kind)) for kind in Kind)
-# An order to stop, and a list's place that is still empty.
-STOP, NOTHING = tl.constexpr(-1), tl.constexpr(0)
 # Tokens of an expert at once, most often.
 FEW = tl.constexpr(16)
 # Of more tokens, shorter pieces: their rows take as much shared memory as the weights.
 MANY_BLOCK, MANY_STAGES = tl.constexpr(64), tl.constexpr(3)
-
-
-@triton.jit
-def _now(TRACE: tl.constexpr):
-    return globaltimer() if TRACE else 0
-
-
-@triton.jit
-def _record(trace_ptr, events, what, start, TRACE: tl.constexpr):
-    """What a program did from ``start`` until now: a task's place in the table, or -1 - counter for a wait."""
-    if TRACE:
-        tl.store(trace_ptr + events * 3, what)
-        tl.store(trace_ptr + events * 3 + 1, start)
-        tl.store(trace_ptr + events * 3 + 2, globaltimer())
-    return events + 1
 
 
 @triton.jit
@@ -78,13 +62,20 @@ def _nth_live(n, hits, slots, num_head, num_tail, gate_up_tiles, down_tiles, lea
 
 @triton.jit
 def _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, NUM: tl.constexpr, BLOCK: tl.constexpr,
-           NUM_TAKERS: tl.constexpr, BLOCK_TAKERS: tl.constexpr):  # fmt: skip
+           NUM_TAKERS: tl.constexpr, BLOCK_TAKERS: tl.constexpr, ready_ptr, doorbells_ptr, busy_ptr, num_places,
+           POLICY: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
     """Whoever leaves last zeroes what the next call counts in: all have arrived, and nobody waits any more."""
     if polls_left <= 0:
         tl.store(flag_ptr, 1)
     left = tl.atomic_add(counters_ptr + LEFT * LINE, 1, sem="acq_rel")
     if left == tl.num_programs(0) - 1:
-        counter, word = tl.arange(0, BLOCK), tl.arange(0, BLOCK_TAKERS)
+        counter, word, program = tl.arange(0, BLOCK), tl.arange(0, BLOCK_TAKERS), tl.arange(0, BLOCK_G)
+        if POLICY == "actor":
+            for first in range(0, num_places, BLOCK_G):
+                tl.store(ready_ptr + first + program, tl.zeros([BLOCK_G], tl.int32), mask=first + program < num_places)
+            is_program = program < tl.num_programs(0)
+            tl.store(doorbells_ptr + program * LINE, tl.zeros([BLOCK_G], tl.int32), mask=is_program)
+            tl.store(busy_ptr + program, tl.zeros([BLOCK_G], tl.int32), mask=is_program)
         tl.store(counters_ptr + counter * LINE, tl.zeros([BLOCK], tl.int32), mask=counter < NUM)
         tl.store(takers_ptr + word, tl.zeros([BLOCK_TAKERS], tl.int32), mask=word < NUM_TAKERS)
 
@@ -105,6 +96,9 @@ def decode_kernel(
     logits_ptr,
     out_ptr,
     tasks_ptr,
+    totals_ptr,
+    offsets_ptr,
+    released_ptr,
     counters_ptr,
     flag_ptr,
     takers_ptr,
@@ -112,6 +106,9 @@ def decode_kernel(
     weights_ptr,
     keys_ptr,
     slots_ptr,
+    ready_ptr,
+    doorbells_ptr,
+    busy_ptr,
     activated_ptr,
     products_ptr,
     trace_ptr,
@@ -128,6 +125,8 @@ def decode_kernel(
     ACTIVATED_STRIDE,
     PRODUCT_STRIDE,
     max_events,
+    num_counters,
+    num_places,
     H: tl.constexpr,
     I: tl.constexpr,
     SHARED_I: tl.constexpr,
@@ -144,6 +143,9 @@ def decode_kernel(
     HAS_SHARED_GATE: tl.constexpr,
     POLICY: tl.constexpr,
     TRACE: tl.constexpr,
+    SCHEDULERS: tl.constexpr,
+    BATCH: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_T: tl.constexpr,
     WORDS: tl.constexpr,
     NUM_COUNTERS: tl.constexpr,
@@ -167,34 +169,54 @@ def decode_kernel(
     slots_ptr += program * E
     trace_ptr += program * (max_events * 3)
     polls_left, hits, events = max_polls, -1, 0
-    live = 2**31 - 1  # until the slots are known
-    n = program
+    # The shared expert's activated rows come after the routed ones.
+    shared_row = S * T if BLOCK_T <= FEW else T * K
+    n, live = program, 2**31 - 1
     if POLICY == "queue":
         n = tl.atomic_add(counters_ptr + TICKET * LINE, 1, sem="relaxed")
+    if POLICY == "actor":
+        if program < SCHEDULERS:
+            if program == 0:
+                push_released(num_counters, hits, tasks_ptr, offsets_ptr, released_ptr, ready_ptr,
+                              counters_ptr + READY * LINE)  # fmt: skip
+            polls_left = run_scheduler(ready_ptr, doorbells_ptr, busy_ptr, num_places, polls_left, trace_ptr, max_events,
+                                       TRACE, SCHEDULERS, BATCH, BLOCK_G)  # fmt: skip
+            live = 0
     while n < live:
-        if (n >= num_head) & (hits < 0):
-            start = _now(TRACE)
-            polls_left = wait(counters_ptr + ALL_SELECTED * LINE, num_selects, polls_left)
-            events = _record(trace_ptr, events, -1 - (ALL_SELECTED - NUM_OWN), start, TRACE)
-            hits = find_slots(takers_ptr, slots_ptr, E, WORDS, BLOCK_E)
-            live = num_head + hits * (gate_up_tiles + down_tiles) + num_tail
         following = n + num_programs
-        if POLICY == "queue":
-            following = tl.atomic_add(counters_ptr + TICKET * LINE, 1, sem="relaxed")
-        if n < live:
+        if POLICY == "actor":
+            start = now(TRACE)
+            order, polls_left = receive(doorbells_ptr + program * LINE, polls_left)
+            events = record(trace_ptr, events, max_events, DOORBELL, start, TRACE)
+            index, is_live = order - 1, order != STOP
+            following = tl.where(is_live, n, live)
+        else:
+            if (n >= num_head) & (hits < 0):
+                start = now(TRACE)
+                polls_left = wait(counters_ptr + ALL_SELECTED * LINE, num_selects, polls_left)
+                events = record(trace_ptr, events, max_events, NUM_OWN - 1 - ALL_SELECTED, start, TRACE)
+                hits = find_slots(takers_ptr, slots_ptr, E, WORDS, BLOCK_E)
+                live = num_head + hits * (gate_up_tiles + down_tiles) + num_tail
+            if POLICY == "queue":
+                following = tl.atomic_add(counters_ptr + TICKET * LINE, 1, sem="relaxed")
             index = _nth_live(n, hits, S, num_head, num_tail, gate_up_tiles, down_tiles, lead)
+            is_live = n < live
+        if is_live:
             task_ptr = tasks_ptr + index * WORDS_OF_TASK
             kind, slot = tl.load(task_ptr), tl.load(task_ptr + 1)
             begin, end = tl.load(task_ptr + 2), tl.load(task_ptr + 3)
             first_token, end_token = tl.load(task_ptr + 4), tl.load(task_ptr + 5)
-            counter, fixed, per_hit = tl.load(task_ptr + 6), tl.load(task_ptr + 7), tl.load(task_ptr + 8)
-            signals = tl.load(task_ptr + 9)
-            if counter >= 0:
-                start = _now(TRACE)
+            counter, signals = tl.load(task_ptr + 6), tl.load(task_ptr + 9)
+            if POLICY == "actor":
+                if (slot >= 0) & (hits < 0):
+                    hits = find_slots(takers_ptr, slots_ptr, E, WORDS, BLOCK_E)
+            elif (kind == IS_SELECT) | (kind == IS_DOWN) | (kind == IS_COMBINE):
+                fixed, per_hit = tl.load(task_ptr + 7), tl.load(task_ptr + 8)
+                start = now(TRACE)
                 required = fixed + per_hit * tl.maximum(hits, 0)
                 polls_left = wait(counters_ptr + (NUM_OWN + counter) * LINE, required, polls_left)
-                events = _record(trace_ptr, events, -1 - counter, start, TRACE)
-            start = _now(TRACE)
+                events = record(trace_ptr, events, max_events, -1 - counter, start, TRACE)
+            start = now(TRACE)
             if kind == IS_ROUTE:
                 route(x_ptr, router_ptr, logits_ptr, begin, end, first_token, end_token, H, E, ROUTE_EXPERTS,
                       ROUTE_TOKENS, ROUTE_H)  # fmt: skip
@@ -203,31 +225,62 @@ def decode_kernel(
                     select(logits_ptr, bias_ptr, keys_ptr, pairs_ptr, weights_ptr, takers_ptr, token, factor, E, K,
                            WORDS, SCORING, HAS_BIAS, NORM, GROUPS, BEST_GROUPS, BLOCK_E, RANK_BLOCK)  # fmt: skip
                     if SHARED_I > 0:
-                        _weigh_shared(x_ptr, shared_expert_gate_ptr, weights_ptr + T * K, token, H, HAS_SHARED_GATE,
+                        _weigh_shared(x_ptr, shared_expert_gate_ptr, weights_ptr + T * E, token, H, HAS_SHARED_GATE,
                                       ROUTE_H)  # fmt: skip
             elif kind == IS_COMBINE:
-                combine(products_ptr, weights_ptr, out_ptr, begin, end, first_token, end_token, T, PRODUCT_STRIDE, H,
+                combine(products_ptr, weights_ptr + T * E, out_ptr, begin, end, first_token, end_token, T, PRODUCT_STRIDE, H,
                         K, SHARED_I > 0, COMBINE_COLUMNS, COMBINE_TOKENS)  # fmt: skip
             elif kind == IS_GATE_UP:
                 if SHARED_I > 0 and slot == SHARED_SLOT:
-                    _shared_gate_up(x_ptr, shared_gate_ptr, shared_up_ptr, activated_ptr, begin, end, T, K,
-                                    ACTIVATED_STRIDE, H, HIDDEN_ACT, GATE_UP_ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
+                    _shared_gate_up(x_ptr, shared_gate_ptr, shared_up_ptr, activated_ptr, begin, end, T,
+                                    shared_row, ACTIVATED_STRIDE, H, HIDDEN_ACT, GATE_UP_ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
                 else:
                     _routed_gate_up(x_ptr, gate_up_ptr, gate_up_scale_ptr, activated_ptr, takers_ptr, pairs_ptr,
-                                    slots_ptr, slot, begin, end, ACTIVATED_STRIDE, H, I, E, K, HIDDEN_ACT,
+                                    slots_ptr, slot, T, begin, end, ACTIVATED_STRIDE, H, I, E, K, HIDDEN_ACT,
                                     GATE_UP_SCALE, GATE_UP_ROWS, WORDS, BLOCK_T, BLOCK_H, STAGES)  # fmt: skip
             else:
                 if SHARED_I > 0 and slot == SHARED_SLOT:
-                    _shared_down(shared_down_ptr, activated_ptr, products_ptr, begin, end, T, K, ACTIVATED_STRIDE,
+                    _shared_down(shared_down_ptr, activated_ptr, products_ptr, begin, end, T, shared_row, K, ACTIVATED_STRIDE,
                                  PRODUCT_STRIDE, SHARED_I, DOWN_ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
                 else:
                     _routed_down(down_ptr, down_scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr,
-                                 pairs_ptr, slots_ptr, slot, begin, end, ACTIVATED_STRIDE, PRODUCT_STRIDE, H, I, E, K,
+                                 pairs_ptr, slots_ptr, slot, T, begin, end, ACTIVATED_STRIDE, PRODUCT_STRIDE, H, I, E, K,
                                  DOWN_SCALE, DOWN_ROWS, WORDS, BLOCK_T, BLOCK_I, STAGES)  # fmt: skip
-            arrive(counters_ptr + (NUM_OWN + signals) * LINE)
-            events = _record(trace_ptr, events, index, start, TRACE)
+            if POLICY == "actor":
+                hits = _finish(signals, hits, num_selects, counters_ptr, takers_ptr, slots_ptr, tasks_ptr, totals_ptr,
+                               offsets_ptr, released_ptr, ready_ptr, SCHEDULERS, E, WORDS, BLOCK_E)  # fmt: skip
+                tl.atomic_xchg(busy_ptr + program, 0, sem="release")
+            else:
+                arrive(counters_ptr + (NUM_OWN + signals) * LINE)
+            events = record(trace_ptr, events, max_events, index, start, TRACE)
         n = following
-    _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, NUM_COUNTERS, BLOCK_COUNTERS, E * WORDS, BLOCK_TAKERS)
+    _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, NUM_COUNTERS, BLOCK_COUNTERS, E * WORDS, BLOCK_TAKERS,
+           ready_ptr, doorbells_ptr, busy_ptr, num_places, POLICY, BLOCK_G)  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    counter, hits, num_selects, counters_ptr, takers_ptr, slots_ptr, tasks_ptr, totals_ptr, offsets_ptr, released_ptr,
+    ready_ptr, SCHEDULERS: tl.constexpr, E: tl.constexpr, WORDS: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Count a task as done; the last of a fan-in pushes what waited for it. Gives the slots hit, -1 for unknown."""
+    fixed, per_hit = tl.load(totals_ptr + counter * 2), tl.load(totals_ptr + counter * 2 + 1)
+    tl.debug_barrier()  # every thread has stored its part before the program arrives
+    old = tl.atomic_add(counters_ptr + (NUM_OWN + counter) * LINE, 1, sem="acq_rel")
+    is_routed = counter == ALL_SELECTED - NUM_OWN
+    if (per_hit > 0) & (hits < 0):  # one of the shared expert's, early or late
+        is_routed = tl.atomic_add(counters_ptr + ALL_SELECTED * LINE, 0, sem="acquire") == num_selects
+    elif is_routed:
+        is_routed = old + 1 == fixed
+    if is_routed & (hits < 0):
+        hits = find_slots(takers_ptr, slots_ptr, E, WORDS, BLOCK_E)
+    if (old + 1 == fixed + per_hit * tl.maximum(hits, 0)) & ((per_hit == 0) | (hits >= 0)):
+        if counter == ALL_DONE:
+            push_stop(ready_ptr, counters_ptr + READY * LINE, SCHEDULERS)
+        else:
+            push_released(counter, hits, tasks_ptr, offsets_ptr, released_ptr, ready_ptr,
+                          counters_ptr + READY * LINE)  # fmt: skip
+    return hits
 
 
 @triton.jit
@@ -245,66 +298,86 @@ def _weigh_shared(x_ptr, gate_ptr, weights_ptr, token, H: tl.constexpr, HAS_GATE
 
 @triton.jit
 def _routed_gate_up(
-    x_ptr, gate_up_ptr, scale_ptr, activated_ptr, takers_ptr, pairs_ptr, slots_ptr, slot, begin, end, STRIDE,
+    x_ptr, gate_up_ptr, scale_ptr, activated_ptr, takers_ptr, pairs_ptr, slots_ptr, slot, T, begin, end, STRIDE,
     H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, HIDDEN_ACT: tl.constexpr, SCALE: tl.constexpr,
     ROWS: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     e = tl.load(slots_ptr + slot)
     if (BLOCK_T <= FEW) or (num_takers(takers_ptr, e, WORDS, BLOCK_T) <= FEW):
-        _gate_up_of(x_ptr, gate_up_ptr, scale_ptr, activated_ptr, takers_ptr, pairs_ptr, e, begin, end, STRIDE, H, I,
+        _gate_up_of(x_ptr, gate_up_ptr, scale_ptr, activated_ptr, takers_ptr, pairs_ptr, e, slot, T, begin, end, STRIDE, H, I,
                     E, K, HIDDEN_ACT, SCALE, ROWS, FEW, WORDS, BLOCK_T, BLOCK_H, STAGES)  # fmt: skip
     else:
-        _gate_up_of(x_ptr, gate_up_ptr, scale_ptr, activated_ptr, takers_ptr, pairs_ptr, e, begin, end, STRIDE, H, I,
+        _gate_up_of(x_ptr, gate_up_ptr, scale_ptr, activated_ptr, takers_ptr, pairs_ptr, e, slot, T, begin, end, STRIDE, H, I,
                     E, K, HIDDEN_ACT, SCALE, ROWS, BLOCK_T, WORDS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
 
 
 @triton.jit
+def _rows_of(takers_ptr, pairs_ptr, e, slot, T, E: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+             WORDS: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
+    """Tokens of a tile, where their activated rows are, and which there are.
+
+    Few tokens are all taken along, whether they take the expert or not: then nothing is looked up before weights are
+    loaded.
+    """
+    if BLOCK_T <= FEW:
+        tokens = tl.arange(0, N)
+        rows, is_token = slot * T + tokens, tokens < T
+    else:
+        tokens, is_token = takers_of(takers_ptr, e, N, WORDS, BLOCK_T)
+        rows = tokens * K + tl.load(pairs_ptr + tokens * E + e, mask=is_token, other=0, cache_modifier=".cg")
+    return tokens, rows, is_token
+
+
+@triton.jit
 def _gate_up_of(
-    x_ptr, gate_up_ptr, scale_ptr, activated_ptr, takers_ptr, pairs_ptr, e, begin, end, STRIDE, H: tl.constexpr,
-    I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, HIDDEN_ACT: tl.constexpr, SCALE: tl.constexpr,
+    x_ptr, gate_up_ptr, scale_ptr, activated_ptr, takers_ptr, pairs_ptr, e, slot, T, begin, end, STRIDE,
+    H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, HIDDEN_ACT: tl.constexpr, SCALE: tl.constexpr,
     ROWS: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     gate_ptr = gate_up_ptr + e.to(tl.int64) * (2 * I * H)
     if SCALE != "none":
         scale_ptr += e * _num_scales(2 * I, H, SCALE)
-    tokens, is_token = takers_of(takers_ptr, e, N, WORDS, BLOCK_T)
-    pairs = tokens * K + tl.load(pairs_ptr + tokens * E + e, mask=is_token, other=0, cache_modifier=".cg")
-    gate_up(x_ptr, gate_ptr, gate_ptr + I * H, scale_ptr, activated_ptr, begin, end, tokens, pairs, is_token, I,
+    tokens, rows, is_token = _rows_of(takers_ptr, pairs_ptr, e, slot, T, E, K, N, WORDS, BLOCK_T)
+    gate_up(x_ptr, gate_ptr, gate_ptr + I * H, scale_ptr, activated_ptr, begin, end, tokens, rows, is_token, I,
             STRIDE, H, HIDDEN_ACT, SCALE, ROWS, N, BLOCK_H, STAGES)  # fmt: skip
 
 
 @triton.jit
 def _routed_down(
-    down_ptr, scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr, pairs_ptr, slots_ptr, slot, begin, end,
+    down_ptr, scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr, pairs_ptr, slots_ptr, slot, T, begin, end,
     STRIDE, PRODUCT_STRIDE, H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
     ROWS: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     e = tl.load(slots_ptr + slot)
     if (BLOCK_T <= FEW) or (num_takers(takers_ptr, e, WORDS, BLOCK_T) <= FEW):
-        _down_of(down_ptr, scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr, pairs_ptr, e, begin, end,
+        _down_of(down_ptr, scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr, pairs_ptr, e, slot, T, begin, end,
                  STRIDE, PRODUCT_STRIDE, H, I, E, K, SCALE, ROWS, FEW, WORDS, BLOCK_T, BLOCK_I, STAGES)  # fmt: skip
     else:
-        _down_of(down_ptr, scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr, pairs_ptr, e, begin, end,
+        _down_of(down_ptr, scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr, pairs_ptr, e, slot, T, begin, end,
                  STRIDE, PRODUCT_STRIDE, H, I, E, K, SCALE, ROWS, BLOCK_T, WORDS, BLOCK_T, MANY_BLOCK,
                  MANY_STAGES)  # fmt: skip
 
 
 @triton.jit
 def _down_of(
-    down_ptr, scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr, pairs_ptr, e, begin, end, STRIDE,
-    PRODUCT_STRIDE, H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
+    down_ptr, scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr, pairs_ptr, e, slot, T, begin, end,
+    STRIDE, PRODUCT_STRIDE, H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
     ROWS: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     down_ptr += e.to(tl.int64) * (H * I)
     if SCALE != "none":
         scale_ptr += e * _num_scales(H, I, SCALE)
-    tokens, is_token = takers_of(takers_ptr, e, N, WORDS, BLOCK_T)
-    pairs = tokens * K + tl.load(pairs_ptr + tokens * E + e, mask=is_token, other=0, cache_modifier=".cg")
-    weights = tl.load(weights_ptr + pairs, mask=is_token, other=0.0, cache_modifier=".cg")
-    down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, pairs, is_token, weights, STRIDE,
-         PRODUCT_STRIDE, I, SCALE, ROWS, N, BLOCK_I, STAGES)  # fmt: skip
+    tokens, rows, is_token = _rows_of(takers_ptr, pairs_ptr, e, slot, T, E, K, N, WORDS, BLOCK_T)
+    # Nothing here waits for another load, and none of it is needed before the products are there.
+    at = tokens * E + e
+    pairs = tokens * K + tl.load(pairs_ptr + at, mask=is_token, other=0, cache_modifier=".cg")
+    weights = tl.load(weights_ptr + at, mask=is_token, other=0.0, cache_modifier=".cg")
+    words = tl.load(takers_ptr + e * WORDS + tokens // 32, mask=is_token, other=0, cache_modifier=".cg")
+    down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, rows, is_token, pairs,
+         is_token & ((words >> (tokens % 32)) & 1 != 0), weights, STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, N, BLOCK_I,
+         STAGES)  # fmt: skip
 
 
 @triton.jit
@@ -316,20 +389,20 @@ def _num_scales(R: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr):
 
 @triton.jit
 def _shared_gate_up(
-    x_ptr, gate_ptr, up_ptr, activated_ptr, begin, end, T, K: tl.constexpr, STRIDE, H: tl.constexpr,
+    x_ptr, gate_ptr, up_ptr, activated_ptr, begin, end, T, first_row, STRIDE, H: tl.constexpr,
     HIDDEN_ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     t = tl.arange(0, BLOCK_T)
-    gate_up(x_ptr, gate_ptr, up_ptr, x_ptr, activated_ptr, begin, end, t, T * K + t, t < T, 0, STRIDE, H, HIDDEN_ACT,
+    gate_up(x_ptr, gate_ptr, up_ptr, x_ptr, activated_ptr, begin, end, t, first_row + t, t < T, 0, STRIDE, H, HIDDEN_ACT,
             "none", ROWS, BLOCK_T, BLOCK_H, STAGES)  # fmt: skip
 
 
 @triton.jit
 def _shared_down(
-    down_ptr, activated_ptr, products_ptr, begin, end, T, K: tl.constexpr, STRIDE, PRODUCT_STRIDE,
+    down_ptr, activated_ptr, products_ptr, begin, end, T, first_row, K: tl.constexpr, STRIDE, PRODUCT_STRIDE,
     SHARED_I: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Not weighted yet: it may run before the router."""
     t, ones = tl.arange(0, BLOCK_T), tl.full([BLOCK_T], 1.0, tl.float32)
-    down(down_ptr, down_ptr, activated_ptr, products_ptr, begin, end, T * K + t, t < T, ones, STRIDE,
+    down(down_ptr, down_ptr, activated_ptr, products_ptr, begin, end, first_row + t, t < T, T * K + t, t < T, ones, STRIDE,
          PRODUCT_STRIDE, SHARED_I, "none", ROWS, BLOCK_T, BLOCK_I, STAGES)  # fmt: skip

@@ -2,7 +2,7 @@
 
 T tokens, H hidden size, E experts, K experts a token. Which experts a token takes is told twice: ``pairs [T, E]`` has,
 where expert e is taken, its place k among the token's experts in ascending order of ids, and ``takers [E, WORDS]`` has
-a bit for each token. ``weights [T * K]`` are those of pair t * K + k.
+a bit for each token. ``weights [T, E]`` are set where ``pairs`` are.
 """
 
 import triton
@@ -177,7 +177,7 @@ def select(
             weights = weights / (tl.sum(weights, 0) + TINY_SUM)
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(pairs_ptr + token * E + e, place, mask=chosen)
-    tl.store(weights_ptr + token * K + place, weights * factor, mask=chosen)
+    tl.store(weights_ptr + token * E + e, weights * factor, mask=chosen)
     bit = (tl.zeros([BLOCK_E], tl.int32) + 1) << (token % 32)
     tl.atomic_or(takers_ptr + e * WORDS + token // 32, bit, mask=chosen, sem="relaxed")
 
