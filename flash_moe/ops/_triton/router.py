@@ -40,6 +40,9 @@ KEYS_PER_WARP, LONG_KEYS_PER_WARP = 1024, 128
 SMALL_SORT, SMALL_SORT_REGISTERS, REGISTERS = 128, 64, 112
 # Gradients written at a time.
 BACKWARD_BLOCK_N = 512
+# Up to this many experts a token the backward compares each with all others. A program makes so many comparisons a
+# half, for at most so many tokens.
+MAX_ALL_PAIRS, NUM_COMPARED, MAX_BLOCK_T, COMPARE_WARPS = 32, 1024, 8, 1
 
 
 @triton.jit
@@ -415,7 +418,7 @@ def _softmax_part(logits_ptr, n, mask, log_sum, inner, OUTPUT: tl.constexpr):
     if OUTPUT == PROBABILITIES:
         return -accurate_exp(_load(logits_ptr, n, mask) - log_sum) * inner
     else:
-        return tl.zeros(n.shape, tl.float32)
+        return tl.zeros(mask.shape, tl.float32)
 
 
 @triton.jit
@@ -470,6 +473,60 @@ def _router_bwd_kernel(
     is_key = ends & (pairs >= 0)
     dlogits += _softmax_part(logits_ptr + offset, key, is_key, log_sum, inner, OUTPUT)
     tl.store(dlogits_ptr + offset + key, round_for(dlogits_ptr, dlogits), mask=is_key)
+
+
+@triton.jit
+def _router_bwd_pairs_kernel(
+    dout_ptr,
+    weights_ptr,
+    indices_ptr,
+    logits_ptr,
+    log_sums_ptr,
+    dlogits_ptr,
+    half_stride,
+    token_stride,
+    T,
+    N,
+    K,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    K_POW2: tl.constexpr,
+    OUTPUT: tl.constexpr,
+):
+    """``_router_bwd_kernel`` for few experts a token: several tokens, both halves, each key compared with all others.
+
+    Every expert of a key writes the sum of all that have it: the same bits, as they are added in the same order.
+    """
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    k = tl.arange(0, K_POW2)
+    mask = (t < T)[:, None] & (k < K)[None, :]
+    offs = t[:, None] * K + k[None, :]
+    # Unsigned 32-bit: ids are below 2^32 here, and a 64-bit division costs several times more.
+    ids = tl.load(indices_ptr + offs, mask=mask, other=0).to(tl.uint32)
+    dscores = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    inner = tl.zeros([BLOCK_T], tl.float32)
+    if OUTPUT != SCORES:
+        weights = tl.load(weights_ptr + offs, mask=mask, other=0.0)
+        inner = tl.sum(dscores * weights, 1)
+        dscores = weights * (dscores - inner[:, None] if OUTPUT == RENORMALIZED else dscores)
+    row = ids // tl.full([BLOCK_T, K_POW2], N, tl.uint32)
+    col = ids - row * N
+    for half in tl.static_range(2):
+        half_ptr = half * half_stride + t[:, None] * token_stride
+        log_sum = tl.zeros([BLOCK_T], tl.float32)
+        if OUTPUT == PROBABILITIES:
+            log_sum = tl.load(log_sums_ptr + half * T + t, mask=t < T, other=0.0)
+        for start in range(0, N, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)[None, :]
+            is_logit = (t < T)[:, None] & (n < N)
+            unchosen = _softmax_part(logits_ptr, half_ptr + n, is_logit, log_sum[:, None], inner[:, None], OUTPUT)
+            tl.store(dlogits_ptr + half_ptr + n, round_for(dlogits_ptr, unchosen), mask=is_logit)
+        key = (row if half == 0 else col).to(tl.int32)
+        is_same = key[:, :, None] == key[:, None, :]
+        dlogits = tl.sum(tl.where(is_same, dscores[:, :, None], 0.0), 1)
+        dlogits += _softmax_part(logits_ptr, half_ptr + key, mask, log_sum[:, None], inner[:, None], OUTPUT)
+        tl.debug_barrier()
+        tl.store(dlogits_ptr + half_ptr + key, round_for(dlogits_ptr, dlogits), mask=mask)
 
 
 def router_forward(router_logits: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
@@ -582,20 +639,13 @@ def _backward(
     (_, T, N), K = grad_logits.shape, indices.shape[1]
     block_n = min(BACKWARD_BLOCK_N, triton.next_power_of_2(N))
     k_pow2 = max(2, triton.next_power_of_2(K))
+    tensors = grad_out, weights, indices, router_logits, log_sums, grad_logits
+    sizes = *grad_logits.stride()[:2], T, N, K
     with torch.cuda.device_of(grad_out):
-        _router_bwd_kernel[(T, 2)](
-            grad_out,
-            weights,
-            indices,
-            router_logits,
-            log_sums,
-            grad_logits,
-            *grad_logits.stride()[:2],
-            T,
-            N,
-            K,
-            block_n,
-            k_pow2,
-            output,
-            num_warps=max(1, k_pow2 // KEYS_PER_WARP),
-        )
+        if k_pow2 <= MAX_ALL_PAIRS:
+            block_t = min(MAX_BLOCK_T, NUM_COMPARED // k_pow2**2)
+            grid = (triton.cdiv(T, block_t),)
+            _router_bwd_pairs_kernel[grid](*tensors, *sizes, block_t, block_n, k_pow2, output, num_warps=COMPARE_WARPS)
+        else:
+            num_warps = max(1, k_pow2 // KEYS_PER_WARP)
+            _router_bwd_kernel[(T, 2)](*tensors, *sizes, block_n, k_pow2, output, num_warps=num_warps)
