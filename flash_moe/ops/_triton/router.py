@@ -33,6 +33,11 @@ MAX_SORT = 512
 MAX_TAKE_ALL = 16
 # A threshold with up to twice as many sums as needed is found in a step or two; above this the longer sort costs more.
 MAX_WIDE = 128
+# Sums that tie with the worst chosen and do not fit among the sorted go through networks of this size: bfloat16 logits
+# leave some five of them at N 320, K 512.
+MAX_EXTRA = 64
+# Sums of 16-bit logits tie.
+MAX_TIED_ITEMSIZE = 4
 # Keys a warp sorts: one warp a token is fastest as long as its registers hold them. 64-bit keys take twice as many,
 # and ever longer to compile.
 KEYS_PER_WARP, LONG_KEYS_PER_WARP = 1024, 128
@@ -168,7 +173,7 @@ def _rank_many(logits_ptr, scores_ptr, ids_ptr, N, R: tl.constexpr, BLOCK_N: tl.
     best = tl.full([R], PADDING, tl.int64)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        best = merge_best(best, top(_pack(_load(logits_ptr, n, n < N), n, n < N), R))
+        best = merge_best(best, top(_pack(_load(logits_ptr, n, n < N), n, n < N), R), PADDING)
     r = tl.arange(0, R)
     tl.store(scores_ptr + r, _scores(best))
     tl.store(ids_ptr + r, _ids(best).to(tl.int32))
@@ -208,10 +213,13 @@ def _count(threshold, fixed, other_ptr, length, LOG_R: tl.constexpr):
 
 
 @triton.jit
-def _find_threshold(ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr):
+def _find_threshold(
+    ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr, EXPECTS_TIES: tl.constexpr
+):
     """How many sums of each list ``[2A]`` reach the threshold, and the threshold.
 
-    K to WIDTH sums do; or more than WIDTH, and then fewer than K exceed it.
+    K to WIDTH sums do; or more than WIDTH, and then fewer than K exceed it. Where ties are expected, the bounds are sums
+    that occur, so that the search ends when none is left between them, and not only when no number is.
     """
     list = tl.arange(0, 2 * A)
     rank = list & (A - 1)
@@ -233,10 +241,20 @@ def _find_threshold(ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: t
         found = _count(threshold, fixed, first_ptr, length, log2(R))
         if tl.sum(found) >= K:
             counts, low = found, threshold
+            if EXPECTS_TIES:  # the last sum of a list that reaches the threshold
+                last = fixed + tl.load(first_ptr + found - 1, mask=found > 0, other=0.0)
+                low = tl.min(tl.where((found > 0) & (last == last), last, float("inf")))
         else:
             high = threshold
+            if EXPECTS_TIES:  # the first that does not
+                first = fixed + tl.load(first_ptr + found, mask=found < length, other=0.0)
+                high = tl.max(tl.where(found < length, first, float("-inf")))
         threshold = 0.5 * tl.maximum(low, -MAX_FLOAT) + 0.5 * tl.minimum(high, MAX_FLOAT)
-        is_open = (tl.sum(counts) > WIDTH) & (threshold > low) & (threshold < high)
+        is_open = (tl.sum(counts) > WIDTH) & (low < high)
+        if EXPECTS_TIES:  # ``high`` is left to try, too
+            threshold = tl.where(threshold > low, threshold, high)
+        else:
+            is_open &= (threshold > low) & (threshold < high)
     return counts, low
 
 
@@ -298,6 +316,32 @@ def _sort_all(ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit
+def _sort_some(
+    ranked_ptr,
+    start,
+    total,
+    low,
+    high,
+    N,
+    R: tl.constexpr,
+    A: tl.constexpr,
+    SIZE: tl.constexpr,
+    LOG_N: tl.constexpr,
+    IS_QUICK: tl.constexpr,
+):
+    """Keys of SIZE of the chosen sums, from number ``start`` on, in order."""
+    number = start + tl.arange(0, SIZE)
+    mask = number < total
+    list, begin = _find_list(_as_ints(ranked_ptr + 4 * R), number, A)
+    sums, row_ids, col_ids = _load_pairs(ranked_ptr, number, list, begin, mask, R, A)
+    if IS_QUICK:
+        keys = _pair_keys(sums, row_ids, col_ids, low, high, mask, LOG_N)
+    else:
+        keys = _pack(sums, row_ids.to(tl.int64) * N + col_ids, mask)
+    return top(keys, SIZE)
+
+
+@triton.jit
 def _sort_chosen(
     ranked_ptr,
     total,
@@ -306,25 +350,16 @@ def _sort_chosen(
     R: tl.constexpr,
     A: tl.constexpr,
     WIDTH: tl.constexpr,
+    EXTRA: tl.constexpr,
     LOG_N: tl.constexpr,
     IS_QUICK: tl.constexpr,
 ):
     """Keys ``[WIDTH]`` of the chosen sums, or where these are more than WIDTH of the best, in order."""
     high = tl.load(ranked_ptr) + tl.load(ranked_ptr + R)
-    best = tl.full([WIDTH], LOWEST if IS_QUICK else PADDING, tl.int32 if IS_QUICK else tl.int64)
-    for start in range(0, total, WIDTH):
-        number = start + tl.arange(0, WIDTH)
-        mask = number < total
-        list, begin = _find_list(_as_ints(ranked_ptr + 4 * R), number, A)
-        sums, row_ids, col_ids = _load_pairs(ranked_ptr, number, list, begin, mask, R, A)
-        if IS_QUICK:
-            keys = _pair_keys(sums, row_ids, col_ids, low, high, mask, LOG_N)
-        else:
-            keys = _pack(sums, row_ids.to(tl.int64) * N + col_ids, mask)
-        keys = top(keys, WIDTH)
-        if start > 0:
-            keys = merge_best(best, keys)
-        best = keys
+    best = _sort_some(ranked_ptr, 0, total, low, high, N, R, A, WIDTH, LOG_N, IS_QUICK)
+    for start in range(WIDTH, total, EXTRA):
+        extra = _sort_some(ranked_ptr, start, total, low, high, N, R, A, EXTRA, LOG_N, IS_QUICK)
+        best = merge_best(best, extra, LOWEST if IS_QUICK else PADDING)
     return best
 
 
@@ -360,10 +395,12 @@ def _router_fwd_kernel(
     R: tl.constexpr,
     A: tl.constexpr,
     WIDTH: tl.constexpr,
+    EXTRA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SCRATCH: tl.constexpr,
     IS_QUICK: tl.constexpr,
     TAKES_ALL: tl.constexpr,
+    EXPECTS_TIES: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):
     """A token's scratch: 2R scores, 2R ids and 2A ends of lists; then WIDTH sums and WIDTH ids."""
@@ -387,11 +424,11 @@ def _router_fwd_kernel(
     if TAKES_ALL:
         best, total = _sort_all(ranked_ptr, N, K, R, A, WIDTH, LOG_N)
     else:
-        counts, low = _find_threshold(ranked_ptr, N, K, R, A, WIDTH)
+        counts, low = _find_threshold(ranked_ptr, N, K, R, A, WIDTH, EXPECTS_TIES)
         total = tl.sum(counts)
         tl.store(_as_ints(ranked_ptr + 4 * R) + tl.arange(0, 2 * A), tl.cumsum(counts, 0))
         tl.debug_barrier()
-        best = _sort_chosen(ranked_ptr, total, low, N, R, A, WIDTH, LOG_N, IS_QUICK)
+        best = _sort_chosen(ranked_ptr, total, low, N, R, A, WIDTH, EXTRA, LOG_N, IS_QUICK)
     if IS_QUICK:
         scores, ids = _settle_pairs(best, total, logits_ptr, half_stride, ranked_ptr, N, WIDTH, LOG_N)
     else:
@@ -565,6 +602,7 @@ def _forward(router_logits: Tensor, scores: Tensor, log_sums: Tensor, output: in
             N,
             K,
             **meta,
+            EXPECTS_TIES=router_logits.itemsize < MAX_TIED_ITEMSIZE,
             OUTPUT=output,
             num_warps=num_warps,
             **limit,
@@ -593,6 +631,7 @@ def _shape_forward(num_expert_keys: int, num_experts_per_tok: int) -> tuple[dict
         "R": ranks,
         "A": lists,
         "WIDTH": width,
+        "EXTRA": min(MAX_EXTRA, width),
         "BLOCK_N": block_n,
         "SCRATCH": max(4 * ranks + 2 * lists, 2 * width),
         "IS_QUICK": is_quick,

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+LOG_LANES = tl.constexpr(5)
+
 
 @triton.constexpr_function
 def log2(n: int) -> int:
@@ -43,12 +45,26 @@ def _merge(x, num_bits: tl.constexpr, stage: tl.constexpr, ALTERNATE: tl.constex
     return x
 
 
+@triton.constexpr_function
+def _lanes_last(log_size: int, vector: int) -> list[int]:
+    """Dimensions of a hypercube, its bits rotated such that those that a warp's lanes hold become the highest."""
+    rotation = log2(vector) + 5
+    bits = range(log_size - 1, -1, -1)
+    return [log_size - 1 - (bit + rotation) % log_size for bit in bits]
+
+
 @triton.jit
-def top(x, COUNT: tl.constexpr):
-    """The COUNT greatest of ``x [S]`` in descending order; COUNT and S are powers of two."""
+def top(x, COUNT: tl.constexpr, VECTOR: tl.constexpr = 0):
+    """The COUNT greatest of ``x [S]`` in descending order; COUNT and S are powers of two.
+
+    With VECTOR, as many neighbours as a lane holds, the network takes what lies in one lane as neighbours, since these
+    are exchanged most often, and without a shuffle.
+    """
     LOG_S: tl.constexpr = log2(x.shape[0])
     LOG_COUNT: tl.constexpr = log2(COUNT)
     h = tl.reshape(x, [2] * LOG_S)
+    if VECTOR > 0 and LOG_S > LOG_LANES + log2(VECTOR):
+        h = tl.permute(h, _lanes_last(LOG_S, VECTOR))
     for stage in tl.static_range(1, LOG_COUNT + 1):
         h = _merge(h, LOG_S, stage, stage < LOG_S)
     for stage in tl.static_range(LOG_COUNT + 1, LOG_S + 1):
@@ -59,9 +75,15 @@ def top(x, COUNT: tl.constexpr):
 
 
 @triton.jit
-def merge_best(a, b):
-    """Of two vectors in descending order the greatest, as many as one holds, in that order."""
-    LOG_S: tl.constexpr = log2(a.shape[0])
+def merge_best(a, b, LOWEST: tl.constexpr):
+    """Of two vectors in descending order the greatest, as many as ``a`` holds, in that order; ``b`` may be shorter."""
+    SIZE: tl.constexpr = a.shape[0]
+    COUNT: tl.constexpr = b.shape[0]
+    LOG_S: tl.constexpr = log2(SIZE)
     # One reversed, their elementwise maxima are the greatest of both, in a bitonic order.
-    h = tl.reshape(tl.maximum(a, tl.flip(b, 0)), [2] * LOG_S)
+    b = tl.flip(b, 0)
+    if COUNT < SIZE:
+        b = tl.reshape(tl.broadcast_to(b[None, :], [SIZE // COUNT, COUNT]), [SIZE])
+        b = tl.where(tl.arange(0, SIZE) < SIZE - COUNT, LOWEST, b)
+    h = tl.reshape(tl.maximum(a, b), [2] * LOG_S)
     return tl.reshape(_merge(h, LOG_S, LOG_S, False), a.shape)
