@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-LOG_LANES = tl.constexpr(5)
+LANES = tl.constexpr(32)
 
 
 @triton.constexpr_function
@@ -45,14 +45,6 @@ def _merge(x, num_bits: tl.constexpr, stage: tl.constexpr, ALTERNATE: tl.constex
     return x
 
 
-@triton.constexpr_function
-def _lanes_last(log_size: int, vector: int) -> list[int]:
-    """Dimensions of a hypercube, its bits rotated such that those that a warp's lanes hold become the highest."""
-    rotation = log2(vector) + 5
-    bits = range(log_size - 1, -1, -1)
-    return [log_size - 1 - (bit + rotation) % log_size for bit in bits]
-
-
 @triton.jit
 def top(x, COUNT: tl.constexpr, VECTOR: tl.constexpr = 0):
     """The COUNT greatest of ``x [S]`` in descending order; COUNT and S are powers of two.
@@ -62,9 +54,9 @@ def top(x, COUNT: tl.constexpr, VECTOR: tl.constexpr = 0):
     """
     LOG_S: tl.constexpr = log2(x.shape[0])
     LOG_COUNT: tl.constexpr = log2(COUNT)
+    if VECTOR > 0 and x.shape[0] > LANES * VECTOR:
+        x = tl.trans(tl.reshape(x, [x.shape[0] // (LANES * VECTOR), LANES * VECTOR]))
     h = tl.reshape(x, [2] * LOG_S)
-    if VECTOR > 0 and LOG_S > LOG_LANES + log2(VECTOR):
-        h = tl.permute(h, _lanes_last(LOG_S, VECTOR))
     for stage in tl.static_range(1, LOG_COUNT + 1):
         h = _merge(h, LOG_S, stage, stage < LOG_S)
     for stage in tl.static_range(LOG_COUNT + 1, LOG_S + 1):
