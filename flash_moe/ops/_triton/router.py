@@ -461,8 +461,9 @@ def _router_fwd_kernel(
 
 
 @triton.jit
-def _add_in_segment(begins_a, a, begins_b, b):
-    return begins_a | begins_b, tl.where(begins_b != 0, b, a + b)
+def _add_equal(key_a, a, key_b, b):
+    """Of keys in order: the sum at the last key of both."""
+    return key_b, tl.where(key_a == key_b, a + b, b)
 
 
 @triton.jit
@@ -489,7 +490,7 @@ def _router_bwd_kernel(
     K,
     BLOCK_N: tl.constexpr,
     K_POW2: tl.constexpr,
-    LANE_NBYTES: tl.constexpr,
+    VECTOR: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):
     """dlogits[half, t, n] = the sum of dscores[t, k] over the k whose expert has n as that half's key.
@@ -506,7 +507,7 @@ def _router_bwd_kernel(
     row = ids // keys_per_half
     key = tl.where(half == 0, row, ids - row * keys_per_half)
     # Equal keys side by side, in a fixed order. N and K are below 2^16 and 2^13: 29 bits hold both, less the sign.
-    pairs = top(tl.where(k < K, (key.to(tl.int32) << log2(K_POW2)) | k, -1), K_POW2, LANE_NBYTES // 8)
+    pairs = top(tl.where(k < K, (key.to(tl.int32) << log2(K_POW2)) | k, -1), K_POW2, VECTOR)
     order = pairs & (K_POW2 - 1)
     key = pairs >> log2(K_POW2)
     dscores = tl.load(dout_ptr + t * K + order, mask=pairs >= 0, other=0.0).to(tl.float32)
@@ -515,8 +516,7 @@ def _router_bwd_kernel(
         weights = tl.load(weights_ptr + t * K + order, mask=pairs >= 0, other=0.0)
         inner = tl.sum(dscores * weights)
         dscores = weights * (dscores - inner if OUTPUT == RENORMALIZED else dscores)
-    begins = (k == 0) | (key != tl.gather(key, tl.maximum(k - 1, 0), 0))
-    _, dlogits = tl.associative_scan((begins.to(tl.int32), dscores), 0, _add_in_segment)
+    _, dlogits = tl.associative_scan((key, dscores), 0, _add_equal)
     ends = (k == K_POW2 - 1) | (key != tl.gather(key, tl.minimum(k + 1, K_POW2 - 1), 0))
     log_sum = tl.load(log_sums_ptr + half * T + t) if OUTPUT == PROBABILITIES else 0.0
     for start in range(0, N, BLOCK_N):
@@ -705,4 +705,5 @@ def _backward(
             _router_bwd_pairs_kernel[grid](*tensors, *sizes, block_t, block_n, k_pow2, output, num_warps=COMPARE_WARPS)
         else:
             num_warps = max(1, k_pow2 // KEYS_PER_WARP)
-            _router_bwd_kernel[(T, 2)](*tensors, *sizes, block_n, k_pow2, LANE_NBYTES, output, num_warps=num_warps)
+            vector = LANE_NBYTES // 4 if grad_out.dtype == torch.float32 else 0
+            _router_bwd_kernel[(T, 2)](*tensors, *sizes, block_n, k_pow2, vector, output, num_warps=num_warps)
