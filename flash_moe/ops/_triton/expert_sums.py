@@ -20,6 +20,8 @@ from flash_moe.ops._triton.math import round_for
 # A tile of H / 16 pairs keeps the float32 sums of tiles at 32 numbers a pair; a group of twice the mean is not hot.
 MIN_HOT_TILE = 64
 TILE_UNROLL = tl.constexpr(2)
+# Groups of more than this share of a tile start before the shorter.
+WARM_SHARE = 2
 
 
 @triton.jit
@@ -113,7 +115,7 @@ def expert_sums(
     num_groups = groups.offsets.numel() - 1
     ddown, dup = (hidden_states.new_empty(num_groups, H) for _ in range(2))
     hot_tile = _hot_tile(P, num_groups, H)
-    warm = hot_tile // 2
+    warm = hot_tile // WARM_SHARE
     num_tiles = triton.cdiv(P, hot_tile) if P > hot_tile else 0
     num_warm = triton.cdiv(P, warm) if P > warm else 0
     partials = ddown.new_empty(num_tiles, 2, H, dtype=torch.float32)
