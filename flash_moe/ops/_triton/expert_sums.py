@@ -66,8 +66,9 @@ def _expert_sums_kernel(
         g = tl.load(keys_ptr + (warm * WARM if is_warm else program * HOT_TILE)).to(tl.int64) - FIRST
     start = tl.load(offsets_ptr + g).to(tl.int64)
     end = tl.load(offsets_ptr + g + 1).to(tl.int64)
-    is_first = tl.cdiv(start, WARM) == warm
-    if ((end - start > HOT_TILE) == is_tile) & (is_tile | ((end - start > WARM) == is_warm)) & (is_first | (is_warm == 0)):
+    is_size = ((end - start > HOT_TILE) == is_tile) & (is_tile | ((end - start > WARM) == is_warm))
+    is_first = (is_warm == 0) | (tl.cdiv(start, WARM) == warm)
+    if is_size & is_first:
         first_tile, last_tile = tl.cdiv(start, HOT_TILE), tl.cdiv(end, HOT_TILE)
         if is_tile:
             start = tl.where(program == first_tile, start, program * HOT_TILE)

@@ -615,21 +615,21 @@ def _router_bwd_pairs_kernel(
     row = ids // tl.full([BLOCK_T, K_POW2], N, tl.uint32)
     col = ids - row * N
     for half in tl.static_range(2):
-        half_ptr = half * half_stride + t[:, None] * token_stride
+        half_offs = half * half_stride + t[:, None] * token_stride
         log_sum = tl.zeros([BLOCK_T], tl.float32)
         if OUTPUT == PROBABILITIES:
             log_sum = tl.load(log_sums_ptr + half * T + t, mask=t < T, other=0.0)
         for start in range(0, N, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)[None, :]
             is_logit = (t < T)[:, None] & (n < N)
-            unchosen = _softmax_part(logits_ptr, half_ptr + n, is_logit, log_sum[:, None], inner[:, None], OUTPUT)
-            tl.store(dlogits_ptr + half_ptr + n, round_for(dlogits_ptr, unchosen), mask=is_logit)
+            unchosen = _softmax_part(logits_ptr, half_offs + n, is_logit, log_sum[:, None], inner[:, None], OUTPUT)
+            tl.store(dlogits_ptr + half_offs + n, round_for(dlogits_ptr, unchosen), mask=is_logit)
         key = (row if half == 0 else col).to(tl.int32)
         is_same = key[:, :, None] == key[:, None, :]
         dlogits = tl.sum(tl.where(is_same, dscores[:, :, None], 0.0), 1)
-        dlogits += _softmax_part(logits_ptr, half_ptr + key, mask, log_sum[:, None], inner[:, None], OUTPUT)
+        dlogits += _softmax_part(logits_ptr, half_offs + key, mask, log_sum[:, None], inner[:, None], OUTPUT)
         tl.debug_barrier()
-        tl.store(dlogits_ptr + half_ptr + key, round_for(dlogits_ptr, dlogits), mask=mask)
+        tl.store(dlogits_ptr + half_offs + key, round_for(dlogits_ptr, dlogits), mask=mask)
 
 
 def router_forward(router_logits: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
