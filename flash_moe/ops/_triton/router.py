@@ -29,17 +29,29 @@ MAX_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 SCORES, PROBABILITIES, RENORMALIZED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Keys that go through a network at a time, unless more must be kept: more does no less work and takes long to compile.
 MAX_SORT = 512
+# Up to this many keys a half both halves are ranked at once.
+MAX_SIDE_BY_SIDE = 128
 # Up to this many experts a token all candidates are sorted, since that is sooner done than finding a threshold.
 MAX_TAKE_ALL = 16
 # A threshold with up to twice as many sums as needed is found in a step or two; above this the longer sort costs more.
 MAX_WIDE = 128
+# Sums that tie with the worst chosen and do not fit among the sorted go through networks of this size: bfloat16 logits
+# leave some five of them at N 320, K 512.
+MAX_EXTRA = 64
+# Sums of 16-bit logits tie.
+MAX_TIED_ITEMSIZE = 4
 # Keys a warp sorts: one warp a token is fastest as long as its registers hold them. 64-bit keys take twice as many,
 # and ever longer to compile.
 KEYS_PER_WARP, LONG_KEYS_PER_WARP = 1024, 128
+# Of neighbouring logits and scores a lane holds 16 bytes where it can; the networks are faster when they know.
+LANE_NBYTES = 16
 # Registers a thread, so that 32 one-warp programs fit a multiprocessor: 18 instead of 20 us at T 4096, N 128, K 64.
 SMALL_SORT, SMALL_SORT_REGISTERS, REGISTERS = 128, 64, 112
 # Gradients written at a time.
 BACKWARD_BLOCK_N = 512
+# Up to this many experts a token the backward compares each with all others. A program makes so many comparisons a
+# half, for at most so many tokens.
+MAX_ALL_PAIRS, NUM_COMPARED, MAX_BLOCK_T, COMPARE_WARPS = 32, 1024, 8, 1
 
 
 @triton.jit
@@ -98,18 +110,22 @@ def _fixed_point(x, low, high, BITS: tl.constexpr):
 
 
 @triton.jit
-def _settle(scores, scores_ptr, ids_ptr, length, SIZE: tl.constexpr):
-    """Order ``length`` scores, also in memory, and ids, nearly in order, by (score descending, id ascending)."""
+def _settle(scores, scores_ptr, ids_ptr, length, RUN: tl.constexpr):
+    """Order scores, also in memory, and ids, nearly in order, by (score descending, id ascending).
+
+    Of every RUN of them, a power of two, the first ``length``.
+    """
+    SIZE: tl.constexpr = scores.shape[0]
     tl.debug_barrier()
     s = tl.arange(0, SIZE)
-    following = tl.load(scores_ptr + s + 1, mask=s + 1 < length, other=float("-inf"))
+    following = tl.load(scores_ptr + s + 1, mask=s % RUN + 1 < length, other=float("-inf"))
     swaps = tl.max((scores < following).to(tl.int32))
     while swaps > 0:
         swaps = 0
         for parity in range(2):
             tl.debug_barrier()
             first = 2 * tl.arange(0, SIZE // 2) + parity
-            mask = first + 1 < length
+            mask = first % RUN + 1 < length
             score = tl.load(scores_ptr + first, mask=mask, other=0.0)
             next_score = tl.load(scores_ptr + first + 1, mask=mask, other=0.0)
             id = tl.load(ids_ptr + first, mask=mask, other=0)
@@ -136,14 +152,14 @@ def _rank_one_by_one(logits_ptr, scores_ptr, ids_ptr, N, R: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _rank_quickly(logits_ptr, scores_ptr, ids_ptr, N, R: tl.constexpr, BLOCK_N: tl.constexpr):
+def _rank_quickly(logits_ptr, scores_ptr, ids_ptr, N, R: tl.constexpr, BLOCK_N: tl.constexpr, VECTOR: tl.constexpr):
     LOG_N: tl.constexpr = log2(BLOCK_N)
     BITS: tl.constexpr = 23 if LOG_N < 9 else 31 - LOG_N
     n = tl.arange(0, BLOCK_N)
     x = _load(logits_ptr, n, n < N)
     low, high = tl.reduce(x, 0, _nan_min), tl.reduce(x, 0, _nan_max)
     keys = (_fixed_point(x, low, high, BITS) << LOG_N) | (BLOCK_N - 1 - n)
-    best = top(tl.where(n < N, keys, LOWEST), R)
+    best = top(tl.where(n < N, keys, LOWEST), R, VECTOR)
     ids = BLOCK_N - 1 - (best & (BLOCK_N - 1))
     r = tl.arange(0, R)
     is_key = (r < N) & (ids < N)
@@ -161,11 +177,50 @@ def _rank_quickly(logits_ptr, scores_ptr, ids_ptr, N, R: tl.constexpr, BLOCK_N: 
 
 
 @triton.jit
+def _over(halves, COUNT: tl.constexpr):
+    """Two numbers, each COUNT times."""
+    return tl.reshape(tl.broadcast_to(halves[:, None], [2, COUNT]), [2 * COUNT])
+
+
+@triton.jit
+def _rank_side_by_side(
+    logits_ptr, half_stride, ranked_ptr, N, R: tl.constexpr, BLOCK_N: tl.constexpr, VECTOR: tl.constexpr
+):
+    """``_rank_quickly`` of both halves: one chain of dependent steps in place of two, with twice as much in each."""
+    LOG_N: tl.constexpr = log2(BLOCK_N)
+    BITS: tl.constexpr = 23 if LOG_N < 9 else 31 - LOG_N
+    i = tl.arange(0, 2 * BLOCK_N)
+    n = i % BLOCK_N
+    x = _load(logits_ptr + i // BLOCK_N * half_stride, n, n < N)
+    halves = tl.reshape(x, [2, BLOCK_N])
+    low, high = tl.reduce(halves, 1, _nan_min), tl.reduce(halves, 1, _nan_max)
+    keys = (_fixed_point(x, _over(low, BLOCK_N), _over(high, BLOCK_N), BITS) << LOG_N) | (BLOCK_N - 1 - n)
+    best = top(tl.where(n < N, keys, LOWEST), R, VECTOR, 2)
+    ids = BLOCK_N - 1 - (best & (BLOCK_N - 1))
+    s = tl.arange(0, 2 * R)
+    is_key = (s % R < N) & (ids < N)
+    scores = _load(logits_ptr + s // R * half_stride, ids, is_key)
+    ids_ptr = _as_ints(ranked_ptr + 2 * R)
+    tl.store(ranked_ptr + s, scores)
+    tl.store(ids_ptr + s, ids)
+    last = tl.min(tl.reshape(tl.where(is_key & (scores == scores), scores, float("inf")), [2, R]), 1)
+    num_better = tl.sum(((x > _over(last, BLOCK_N)) & (n < N)).to(tl.int32))
+    num_better -= tl.sum(((scores > _over(last, R)) & is_key).to(tl.int32))
+    if (num_better == 0) & _are_finite(tl.reduce(low, 0, _nan_min), tl.reduce(high, 0, _nan_max)):
+        _settle(scores, ranked_ptr, ids_ptr, tl.minimum(R, N), R)
+    else:
+        tl.debug_barrier()
+        for half in range(2):
+            half_ptr = logits_ptr + half * half_stride
+            _rank_one_by_one(half_ptr, ranked_ptr + half * R, ids_ptr + half * R, N, R, BLOCK_N)
+
+
+@triton.jit
 def _rank_many(logits_ptr, scores_ptr, ids_ptr, N, R: tl.constexpr, BLOCK_N: tl.constexpr):
     best = tl.full([R], PADDING, tl.int64)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        best = merge_best(best, top(_pack(_load(logits_ptr, n, n < N), n, n < N), R))
+        best = merge_best(best, top(_pack(_load(logits_ptr, n, n < N), n, n < N), R), PADDING)
     r = tl.arange(0, R)
     tl.store(scores_ptr + r, _scores(best))
     tl.store(ids_ptr + r, _ids(best).to(tl.int32))
@@ -205,10 +260,13 @@ def _count(threshold, fixed, other_ptr, length, LOG_R: tl.constexpr):
 
 
 @triton.jit
-def _find_threshold(ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr):
+def _find_threshold(
+    ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr, EXPECTS_TIES: tl.constexpr
+):
     """How many sums of each list ``[2A]`` reach the threshold, and the threshold.
 
-    K to WIDTH sums do; or more than WIDTH, and then fewer than K exceed it.
+    K to WIDTH sums do; or more than WIDTH, and then fewer than K exceed it. Where ties are expected, bounds are sums
+    that occur, so that the search ends when none is left between them, and not only when no number is.
     """
     list = tl.arange(0, 2 * A)
     rank = list & (A - 1)
@@ -230,10 +288,20 @@ def _find_threshold(ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: t
         found = _count(threshold, fixed, first_ptr, length, log2(R))
         if tl.sum(found) >= K:
             counts, low = found, threshold
+            if EXPECTS_TIES:  # the last sum of a list that reaches the threshold
+                last = fixed + tl.load(first_ptr + found - 1, mask=found > 0, other=0.0)
+                low = tl.min(tl.where((found > 0) & (last == last), last, float("inf")))
         else:
             high = threshold
+            if EXPECTS_TIES:  # the first that does not
+                first = fixed + tl.load(first_ptr + found, mask=found < length, other=0.0)
+                high = tl.max(tl.where(found < length, first, float("-inf")))
         threshold = 0.5 * tl.maximum(low, -MAX_FLOAT) + 0.5 * tl.minimum(high, MAX_FLOAT)
-        is_open = (tl.sum(counts) > WIDTH) & (threshold > low) & (threshold < high)
+        is_open = (tl.sum(counts) > WIDTH) & (low < high)
+        if EXPECTS_TIES:  # ``high`` is left to try, too
+            threshold = tl.where(threshold > low, threshold, high)
+        else:
+            is_open &= (threshold > low) & (threshold < high)
     return counts, low
 
 
@@ -283,7 +351,16 @@ def _pair_keys(sums, row_ids, col_ids, low, high, mask, LOG_N: tl.constexpr):
 
 
 @triton.jit
-def _sort_all(ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr, LOG_N: tl.constexpr):
+def _sort_all(
+    ranked_ptr,
+    N,
+    K,
+    R: tl.constexpr,
+    A: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LOG_N: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
     """Keys ``[WIDTH]`` of all candidates in order, and how many there are."""
     number = tl.arange(0, WIDTH)
     list, begin, total = _find_list_of_all(number, N, K, A)
@@ -291,7 +368,34 @@ def _sort_all(ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: tl.cons
     sums, row_ids, col_ids = _load_pairs(ranked_ptr, number, list, begin, mask, R, A)
     low = tl.min(tl.where(mask & (sums == sums), sums, float("inf")))
     high = tl.load(ranked_ptr) + tl.load(ranked_ptr + R)
-    return top(_pair_keys(sums, row_ids, col_ids, low, high, mask, LOG_N), WIDTH), total
+    return top(_pair_keys(sums, row_ids, col_ids, low, high, mask, LOG_N), WIDTH, VECTOR), total
+
+
+@triton.jit
+def _sort_some(
+    ranked_ptr,
+    start,
+    total,
+    low,
+    high,
+    N,
+    R: tl.constexpr,
+    A: tl.constexpr,
+    SIZE: tl.constexpr,
+    LOG_N: tl.constexpr,
+    IS_QUICK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Keys of SIZE of the chosen sums, from number ``start`` on, in order."""
+    number = start + tl.arange(0, SIZE)
+    mask = number < total
+    list, begin = _find_list(_as_ints(ranked_ptr + 4 * R), number, A)
+    sums, row_ids, col_ids = _load_pairs(ranked_ptr, number, list, begin, mask, R, A)
+    if IS_QUICK:
+        keys = _pair_keys(sums, row_ids, col_ids, low, high, mask, LOG_N)
+    else:
+        keys = _pack(sums, row_ids.to(tl.int64) * N + col_ids, mask)
+    return top(keys, SIZE, VECTOR)
 
 
 @triton.jit
@@ -303,25 +407,17 @@ def _sort_chosen(
     R: tl.constexpr,
     A: tl.constexpr,
     WIDTH: tl.constexpr,
+    EXTRA: tl.constexpr,
     LOG_N: tl.constexpr,
     IS_QUICK: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """Keys ``[WIDTH]`` of the chosen sums, or where these are more than WIDTH of the best, in order."""
     high = tl.load(ranked_ptr) + tl.load(ranked_ptr + R)
-    best = tl.full([WIDTH], LOWEST if IS_QUICK else PADDING, tl.int32 if IS_QUICK else tl.int64)
-    for start in range(0, total, WIDTH):
-        number = start + tl.arange(0, WIDTH)
-        mask = number < total
-        list, begin = _find_list(_as_ints(ranked_ptr + 4 * R), number, A)
-        sums, row_ids, col_ids = _load_pairs(ranked_ptr, number, list, begin, mask, R, A)
-        if IS_QUICK:
-            keys = _pair_keys(sums, row_ids, col_ids, low, high, mask, LOG_N)
-        else:
-            keys = _pack(sums, row_ids.to(tl.int64) * N + col_ids, mask)
-        keys = top(keys, WIDTH)
-        if start > 0:
-            keys = merge_best(best, keys)
-        best = keys
+    best = _sort_some(ranked_ptr, 0, total, low, high, N, R, A, WIDTH, LOG_N, IS_QUICK, VECTOR)
+    for start in range(WIDTH, total, EXTRA):
+        extra = _sort_some(ranked_ptr, start, total, low, high, N, R, A, EXTRA, LOG_N, IS_QUICK, VECTOR)
+        best = merge_best(best, extra, LOWEST if IS_QUICK else PADDING)
     return best
 
 
@@ -357,23 +453,32 @@ def _router_fwd_kernel(
     R: tl.constexpr,
     A: tl.constexpr,
     WIDTH: tl.constexpr,
+    EXTRA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SCRATCH: tl.constexpr,
     IS_QUICK: tl.constexpr,
+    IS_SIDE_BY_SIDE: tl.constexpr,
     TAKES_ALL: tl.constexpr,
+    LANE_NBYTES: tl.constexpr,
+    EXPECTS_TIES: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):
     """A token's scratch: 2R scores, 2R ids and 2A ends of lists; then WIDTH sums and WIDTH ids."""
     LOG_N: tl.constexpr = log2(BLOCK_N)
+    VECTOR: tl.constexpr = LANE_NBYTES * 8 // logits_ptr.dtype.element_ty.primitive_bitwidth
+    PAIR_VECTOR: tl.constexpr = LANE_NBYTES * 8 // scores_ptr.dtype.element_ty.primitive_bitwidth
     t = tl.program_id(0).to(tl.int64)
     logits_ptr += t * token_stride
     ranked_ptr = scratch_ptr + t * SCRATCH
     row_log_sum, col_log_sum = 0.0, 0.0
+    if IS_SIDE_BY_SIDE:
+        _rank_side_by_side(logits_ptr, half_stride, ranked_ptr, N, R, BLOCK_N, VECTOR)
     for half in range(2):
         half_ptr = logits_ptr + half * half_stride
         half_scores_ptr, half_ids_ptr = ranked_ptr + half * R, _as_ints(ranked_ptr + (2 + half) * R)
         if IS_QUICK:
-            _rank_quickly(half_ptr, half_scores_ptr, half_ids_ptr, N, R, BLOCK_N)
+            if not IS_SIDE_BY_SIDE:
+                _rank_quickly(half_ptr, half_scores_ptr, half_ids_ptr, N, R, BLOCK_N, VECTOR)
         else:
             _rank_many(half_ptr, half_scores_ptr, half_ids_ptr, N, R, BLOCK_N)
         if OUTPUT == PROBABILITIES:
@@ -382,13 +487,13 @@ def _router_fwd_kernel(
             row_log_sum, col_log_sum = col_log_sum, log_sum
     tl.debug_barrier()
     if TAKES_ALL:
-        best, total = _sort_all(ranked_ptr, N, K, R, A, WIDTH, LOG_N)
+        best, total = _sort_all(ranked_ptr, N, K, R, A, WIDTH, LOG_N, PAIR_VECTOR)
     else:
-        counts, low = _find_threshold(ranked_ptr, N, K, R, A, WIDTH)
+        counts, low = _find_threshold(ranked_ptr, N, K, R, A, WIDTH, EXPECTS_TIES)
         total = tl.sum(counts)
         tl.store(_as_ints(ranked_ptr + 4 * R) + tl.arange(0, 2 * A), tl.cumsum(counts, 0))
         tl.debug_barrier()
-        best = _sort_chosen(ranked_ptr, total, low, N, R, A, WIDTH, LOG_N, IS_QUICK)
+        best = _sort_chosen(ranked_ptr, total, low, N, R, A, WIDTH, EXTRA, LOG_N, IS_QUICK, PAIR_VECTOR)
     if IS_QUICK:
         scores, ids = _settle_pairs(best, total, logits_ptr, half_stride, ranked_ptr, N, WIDTH, LOG_N)
     else:
@@ -405,8 +510,9 @@ def _router_fwd_kernel(
 
 
 @triton.jit
-def _add_in_segment(begins_a, a, begins_b, b):
-    return begins_a | begins_b, tl.where(begins_b != 0, b, a + b)
+def _add_equal(key_a, a, key_b, b):
+    """Of keys in order: the sum at the last key of both."""
+    return key_b, tl.where(key_a == key_b, a + b, b)
 
 
 @triton.jit
@@ -415,7 +521,7 @@ def _softmax_part(logits_ptr, n, mask, log_sum, inner, OUTPUT: tl.constexpr):
     if OUTPUT == PROBABILITIES:
         return -accurate_exp(_load(logits_ptr, n, mask) - log_sum) * inner
     else:
-        return tl.zeros(n.shape, tl.float32)
+        return tl.zeros(mask.shape, tl.float32)
 
 
 @triton.jit
@@ -433,6 +539,7 @@ def _router_bwd_kernel(
     K,
     BLOCK_N: tl.constexpr,
     K_POW2: tl.constexpr,
+    VECTOR: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):
     """dlogits[half, t, n] = the sum of dscores[t, k] over the k whose expert has n as that half's key.
@@ -449,7 +556,7 @@ def _router_bwd_kernel(
     row = ids // keys_per_half
     key = tl.where(half == 0, row, ids - row * keys_per_half)
     # Equal keys side by side, in a fixed order. N and K are below 2^16 and 2^13: 29 bits hold both, less the sign.
-    pairs = top(tl.where(k < K, (key.to(tl.int32) << log2(K_POW2)) | k, -1), K_POW2)
+    pairs = top(tl.where(k < K, (key.to(tl.int32) << log2(K_POW2)) | k, -1), K_POW2, VECTOR)
     order = pairs & (K_POW2 - 1)
     key = pairs >> log2(K_POW2)
     dscores = tl.load(dout_ptr + t * K + order, mask=pairs >= 0, other=0.0).to(tl.float32)
@@ -458,8 +565,7 @@ def _router_bwd_kernel(
         weights = tl.load(weights_ptr + t * K + order, mask=pairs >= 0, other=0.0)
         inner = tl.sum(dscores * weights)
         dscores = weights * (dscores - inner if OUTPUT == RENORMALIZED else dscores)
-    begins = (k == 0) | (key != tl.gather(key, tl.maximum(k - 1, 0), 0))
-    _, dlogits = tl.associative_scan((begins.to(tl.int32), dscores), 0, _add_in_segment)
+    _, dlogits = tl.associative_scan((key, dscores), 0, _add_equal)
     ends = (k == K_POW2 - 1) | (key != tl.gather(key, tl.minimum(k + 1, K_POW2 - 1), 0))
     log_sum = tl.load(log_sums_ptr + half * T + t) if OUTPUT == PROBABILITIES else 0.0
     for start in range(0, N, BLOCK_N):
@@ -470,6 +576,60 @@ def _router_bwd_kernel(
     is_key = ends & (pairs >= 0)
     dlogits += _softmax_part(logits_ptr + offset, key, is_key, log_sum, inner, OUTPUT)
     tl.store(dlogits_ptr + offset + key, round_for(dlogits_ptr, dlogits), mask=is_key)
+
+
+@triton.jit
+def _router_bwd_pairs_kernel(
+    dout_ptr,
+    weights_ptr,
+    indices_ptr,
+    logits_ptr,
+    log_sums_ptr,
+    dlogits_ptr,
+    half_stride,
+    token_stride,
+    T,
+    N,
+    K,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    K_POW2: tl.constexpr,
+    OUTPUT: tl.constexpr,
+):
+    """``_router_bwd_kernel`` for few experts a token: several tokens, both halves, each key compared with all others.
+
+    Every expert of a key writes the sum of all that have it: the same bits, as they are added in the same order.
+    """
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    k = tl.arange(0, K_POW2)
+    mask = (t < T)[:, None] & (k < K)[None, :]
+    offs = t[:, None] * K + k[None, :]
+    # Unsigned 32-bit: ids are below 2^32 here, and a 64-bit division costs several times more.
+    ids = tl.load(indices_ptr + offs, mask=mask, other=0).to(tl.uint32)
+    dscores = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    inner = tl.zeros([BLOCK_T], tl.float32)
+    if OUTPUT != SCORES:
+        weights = tl.load(weights_ptr + offs, mask=mask, other=0.0)
+        inner = tl.sum(dscores * weights, 1)
+        dscores = weights * (dscores - inner[:, None] if OUTPUT == RENORMALIZED else dscores)
+    row = ids // tl.full([BLOCK_T, K_POW2], N, tl.uint32)
+    col = ids - row * N
+    for half in tl.static_range(2):
+        half_offs = half * half_stride + t[:, None] * token_stride
+        log_sum = tl.zeros([BLOCK_T], tl.float32)
+        if OUTPUT == PROBABILITIES:
+            log_sum = tl.load(log_sums_ptr + half * T + t, mask=t < T, other=0.0)
+        for start in range(0, N, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)[None, :]
+            is_logit = (t < T)[:, None] & (n < N)
+            unchosen = _softmax_part(logits_ptr, half_offs + n, is_logit, log_sum[:, None], inner[:, None], OUTPUT)
+            tl.store(dlogits_ptr + half_offs + n, round_for(dlogits_ptr, unchosen), mask=is_logit)
+        key = (row if half == 0 else col).to(tl.int32)
+        is_same = key[:, :, None] == key[:, None, :]
+        dlogits = tl.sum(tl.where(is_same, dscores[:, :, None], 0.0), 1)
+        dlogits += _softmax_part(logits_ptr, half_offs + key, mask, log_sum[:, None], inner[:, None], OUTPUT)
+        tl.debug_barrier()
+        tl.store(dlogits_ptr + half_offs + key, round_for(dlogits_ptr, dlogits), mask=mask)
 
 
 def router_forward(router_logits: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor]:
@@ -508,6 +668,7 @@ def _forward(router_logits: Tensor, scores: Tensor, log_sums: Tensor, output: in
             N,
             K,
             **meta,
+            EXPECTS_TIES=router_logits.itemsize < MAX_TIED_ITEMSIZE,
             OUTPUT=output,
             num_warps=num_warps,
             **limit,
@@ -536,10 +697,13 @@ def _shape_forward(num_expert_keys: int, num_experts_per_tok: int) -> tuple[dict
         "R": ranks,
         "A": lists,
         "WIDTH": width,
+        "EXTRA": min(MAX_EXTRA, width),
         "BLOCK_N": block_n,
         "SCRATCH": max(4 * ranks + 2 * lists, 2 * width),
         "IS_QUICK": is_quick,
+        "IS_SIDE_BY_SIDE": is_quick and block_n <= MAX_SIDE_BY_SIDE,
         "TAKES_ALL": takes_all,
+        "LANE_NBYTES": LANE_NBYTES,
     }
     longest = max(block_n, width)
     if is_quick:
@@ -582,20 +746,14 @@ def _backward(
     (_, T, N), K = grad_logits.shape, indices.shape[1]
     block_n = min(BACKWARD_BLOCK_N, triton.next_power_of_2(N))
     k_pow2 = max(2, triton.next_power_of_2(K))
+    tensors = grad_out, weights, indices, router_logits, log_sums, grad_logits
+    sizes = *grad_logits.stride()[:2], T, N, K
     with torch.cuda.device_of(grad_out):
-        _router_bwd_kernel[(T, 2)](
-            grad_out,
-            weights,
-            indices,
-            router_logits,
-            log_sums,
-            grad_logits,
-            *grad_logits.stride()[:2],
-            T,
-            N,
-            K,
-            block_n,
-            k_pow2,
-            output,
-            num_warps=max(1, k_pow2 // KEYS_PER_WARP),
-        )
+        if k_pow2 <= MAX_ALL_PAIRS:
+            block_t = min(MAX_BLOCK_T, NUM_COMPARED // k_pow2**2)
+            grid = (triton.cdiv(T, block_t),)
+            _router_bwd_pairs_kernel[grid](*tensors, *sizes, block_t, block_n, k_pow2, output, num_warps=COMPARE_WARPS)
+        else:
+            num_warps = max(1, k_pow2 // KEYS_PER_WARP)
+            vector = LANE_NBYTES // 4 if grad_out.dtype == torch.float32 else 0
+            _router_bwd_kernel[(T, 2)](*tensors, *sizes, block_n, k_pow2, vector, output, num_warps=num_warps)
