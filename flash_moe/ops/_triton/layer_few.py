@@ -1,0 +1,426 @@
+"""The layer without gradients on one or two tokens, in one launch: programs of two kinds that share every SM.
+
+T tokens, H hidden size, I intermediate size, N keys a half of the router, E = N * N experts, K experts a token, C pairs
+of ranks that can be among a token's K best, G programs. Contiguous tensors; sums in float32 and in a fixed order.
+
+The first half of the programs are routers. Each
+
+    routes   takes a few of the router's logits, and waits for all others'
+    ranks    orders both halves, and finds the rank of its own few of the C candidates, each program for itself
+    experts  where one is among the K best: its dot with the token, and its row of ``up`` times the coefficient
+
+so nobody waits for a selection to be told. The other half take gate and up rows of the MLP meanwhile. Then all wait
+once more, and each adds its own columns of the output: rows of the MLP's last product, which it has asked for long
+before, and the experts' parts. So the chain of routing costs nothing but its own time, which reading 26 MB takes too.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flash_moe.ops._triton.gate import _load_norm
+from flash_moe.ops._triton.math import INTERPRETED, accurate_exp, activation, round_for
+from flash_moe.ops._triton.programs import FIRST_COUNTER, LAUNCHES, LINE, MAX_POLLS, Counters, arrive, wait
+
+MAX_TOKENS, MAX_KEYS, MAX_CANDIDATES = 2, 256, 1024
+ROUTED, DONE = (tl.constexpr(FIRST_COUNTER + i) for i in range(2))
+# Comparisons of keys at once: 64 for each of 256 threads.
+RANK_COMPARISONS = 2**14
+# A program of 8 warps has a row of gate and one of up for each warp; two programs an SM leave 128 registers a thread.
+NUM_WARPS, PROGRAMS_PER_SM = 8, 2
+ROWS, DOWN_ROWS, MAX_DOWN_WIDTH, DOWN_CHUNKS = 8, 4, 512, 8
+GATE_CHUNKS = 4
+SMALLEST_KEY = tl.constexpr(-(2**31))
+LARGEST_KEY = tl.constexpr(2**31 - 1)
+
+Gate = tuple[Tensor, Tensor, Tensor, float]
+Weights = tuple[Tensor, ...]
+
+
+@triton.jit
+def _ordered(x):
+    """int32 that sort as the floats do, NaN the largest."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
+    return tl.where(x == x, tl.where(bits < 0, bits ^ LARGEST_KEY, bits), LARGEST_KEY)
+
+
+@triton.jit
+def _as_ints(float_ptr):
+    return float_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@triton.jit
+def _num_above(others, other_ids, keys, ids):
+    """For each key how many of the others are larger, or equal with a lower id."""
+    is_above = (others[None, :] > keys[:, None]) | (
+        (others[None, :] == keys[:, None]) & (other_ids[None, :] < ids[:, None])
+    )
+    return tl.sum(is_above.to(tl.int32), 1)
+
+
+@triton.jit
+def _route(
+    x_ptr, router_ptr, mean_ptr, variance_ptr, logits_ptr, eps, program, num_routers,
+    T: tl.constexpr, H: tl.constexpr, C2: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    for first_c in range(program * BLOCK_C, C2, num_routers * BLOCK_C):
+        c = first_c + tl.arange(0, BLOCK_C)
+        for t in tl.static_range(T):
+            acc = tl.zeros([BLOCK_C, BLOCK_H], tl.float32)
+            for first_h in range(0, H, BLOCK_H):
+                h = first_h + tl.arange(0, BLOCK_H)
+                mask = (c < C2)[:, None] & (h < H)[None, :]
+                weight = tl.load(router_ptr + c[:, None] * H + h[None, :], mask=mask, other=0.0).to(tl.float32)
+                x = tl.load(x_ptr + t * H + h, mask=h < H, other=0.0).to(tl.float32)
+                mean, rstd = _load_norm(mean_ptr, variance_ptr, h, H, eps)
+                acc += weight * round_for(x_ptr, (x - mean) * rstd).to(tl.float32)[None, :]
+            tl.store(logits_ptr + t * C2 + c, round_for(logits_ptr, tl.sum(acc, 1)), mask=c < C2)
+
+
+@triton.jit
+def _rank_half(
+    logits_ptr, scores_ptr, ids_ptr, N: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, RANK_BLOCK: tl.constexpr
+):
+    """The R best logits of a half and their ids, in order, into this program's memory; the log-sum-exp of all."""
+    n = tl.arange(0, BLOCK_N)
+    # Past the L1 cache, which knows nothing of other multiprocessors' stores.
+    logits = tl.load(logits_ptr + n, mask=n < N, other=0.0, cache_modifier=".cg").to(tl.float32)
+    keys = tl.where(n < N, _ordered(logits), SMALLEST_KEY)
+    ranks = tl.zeros([BLOCK_N], tl.int32)
+    for first in tl.static_range(0, BLOCK_N, RANK_BLOCK):
+        other = first + tl.arange(0, RANK_BLOCK)
+        others = tl.load(logits_ptr + other, mask=other < N, other=0.0, cache_modifier=".cg").to(tl.float32)
+        others = tl.where(other < N, _ordered(others), SMALLEST_KEY)
+        if logits_ptr.dtype.element_ty == tl.float32:
+            ranks += _num_above(others, other, keys, n)
+        else:
+            # The low 13 bits of a 16-bit float's key are all equal: room for the id, and one comparison in place of 3.
+            others, unique = (others & -8192) | (8191 - other), (keys & -8192) | (8191 - n)
+            ranks += tl.sum((others[None, :] > unique[:, None]).to(tl.int32), 1)
+    is_kept = (ranks < R) & (n < N)
+    tl.store(scores_ptr + ranks, logits + 0.0, mask=is_kept)
+    tl.store(ids_ptr + ranks, n, mask=is_kept)
+    largest = tl.reduce(tl.where(n < N, logits, float("-inf")), 0, _nan_max)
+    total = tl.sum(tl.where(n < N, accurate_exp(logits - largest), 0.0), 0)
+    log = tl.log(total)
+    return largest + (log + (total * accurate_exp(-log) - 1.0))  # as the router's kernel has it
+
+
+@triton.jit
+def _nan_max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _candidates(ranked_ptr, pairs_ptr, c, mask, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Sums and expert ids of candidates, pairs of ranks."""
+    pair = tl.load(pairs_ptr + c, mask=mask, other=0)
+    row, col = pair >> 16, BLOCK_N + (pair & 0xFFFF)
+    sums = tl.load(ranked_ptr + row, mask=mask, other=0.0) + tl.load(ranked_ptr + col, mask=mask, other=0.0)
+    ids_ptr = _as_ints(ranked_ptr + 2 * BLOCK_N)
+    ids = tl.load(ids_ptr + row, mask=mask, other=0) * N + tl.load(ids_ptr + col, mask=mask, other=0)
+    return sums, ids
+
+
+@triton.jit
+def _experts(
+    x_ptr, down_ptr, up_ptr, ranked_ptr, pairs_ptr, weights_ptr, parts_ptr, indices_ptr, log_sum, index, count,
+    H: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, OWN: tl.constexpr, BLOCK_H: tl.constexpr, OWN_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one token: candidates ``index``, ``index + count``, ..., each a part of the output if among the K best."""
+    c = tl.arange(0, BLOCK_C)
+    sums, ids = _candidates(ranked_ptr, pairs_ptr, c, c < C, N, BLOCK_N)
+    keys = tl.where(c < C, _ordered(sums), SMALLEST_KEY)
+    for first in tl.static_range(0, OWN, OWN_BLOCK):
+        own = index + count * (first + tl.arange(0, OWN_BLOCK))
+        own_sums, own_ids = _candidates(ranked_ptr, pairs_ptr, own, own < C, N, BLOCK_N)
+        rank = _num_above(keys, ids, _ordered(own_sums), own_ids)
+        is_chosen = (rank < K) & (own < C)
+        best = tl.load(ranked_ptr) + tl.load(ranked_ptr + BLOCK_N)
+        weights = accurate_exp(own_sums - (best if NORM else log_sum))
+        row = own_ids.to(tl.int64) * H
+        s = tl.zeros([OWN_BLOCK], tl.float32)
+        for first_h in tl.static_range(0, H, BLOCK_H):
+            h = first_h + tl.arange(0, BLOCK_H)
+            mask = is_chosen[:, None] & (h < H)[None, :]
+            if H <= BLOCK_H:  # asked for before the dots, on which only its coefficient waits
+                up = tl.load(up_ptr + row[:, None] + h[None, :], mask=mask, other=0.0)
+            x = tl.load(x_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+            down = tl.load(down_ptr + row[:, None] + h[None, :], mask=mask, other=0.0).to(tl.float32)
+            s += tl.sum(down * x[None, :], 1)
+        coefficients = activation(s, HIDDEN_ACT) * weights
+        for first_h in tl.static_range(0, H, BLOCK_H):
+            h = first_h + tl.arange(0, BLOCK_H)
+            mask = is_chosen[:, None] & (h < H)[None, :]
+            if H > BLOCK_H:
+                up = tl.load(up_ptr + row[:, None] + h[None, :], mask=mask, other=0.0)
+            tl.store(parts_ptr + rank[:, None] * H + h[None, :], coefficients[:, None] * up.to(tl.float32), mask=mask)
+        tl.store(weights_ptr + rank, weights, mask=is_chosen)
+        tl.store(indices_ptr + rank, own_ids.to(tl.int64), mask=is_chosen)
+
+
+@triton.jit
+def _load_rows(matrix_ptr, row, end, PART: tl.constexpr, W: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+    """Chunks ``[rows, WIDTH]`` of a matrix with W columns; rows from ``end`` on are zeros, and not read."""
+    tiles = ()
+    for chunk in tl.static_range(CHUNKS):
+        column = (PART * CHUNKS + chunk) * WIDTH + tl.arange(0, WIDTH)
+        mask = (row < end)[:, None] & (column < W)[None, :]
+        at = matrix_ptr + row.to(tl.int64)[:, None] * W + column[None, :]
+        tiles = tiles + (tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first"),)
+    return tiles
+
+
+@triton.jit
+def _products(
+    tiles, vector_ptr, PART: tl.constexpr, W: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
+    CACHE: tl.constexpr,
+):  # fmt: skip
+    """Elementwise products with a vector, summed over the chunks."""
+    products = tl.zeros(tiles[0].shape, tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        column = (PART * CHUNKS + chunk) * WIDTH + tl.arange(0, WIDTH)
+        # As wide as the rows: each thread loads what it needs, and nothing changes threads.
+        column = tl.broadcast_to(column[None, :], tiles[chunk].shape)
+        vector = tl.load(vector_ptr + column, mask=column < W, other=0.0, cache_modifier=CACHE)
+        products += tiles[chunk].to(tl.float32) * vector.to(tl.float32)
+    return products
+
+
+@triton.jit
+def _gate_up(
+    x_ptr, gate_ptr, up_ptr, activated_ptr, program, num_programs,
+    T: tl.constexpr, H: tl.constexpr, I: tl.constexpr, HIDDEN_ACT: tl.constexpr, ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """activated = act(x gate^T) * (x up^T): tiles ``program``, ``program + num_programs``, ... of ROWS columns of I.
+
+    Loads are a step ahead of their use.
+    """
+    NUM_PARTS: tl.constexpr = (H + CHUNKS * WIDTH - 1) // (CHUNKS * WIDTH)
+    i = program * ROWS + tl.arange(0, ROWS)
+    gate = _load_rows(gate_ptr, i, I, 0, H, CHUNKS, WIDTH)
+    up = _load_rows(up_ptr, i, I, 0, H, CHUNKS, WIDTH)
+    for first_i in range(program * ROWS, I, num_programs * ROWS):
+        i = first_i + tl.arange(0, ROWS)
+        sums = ((tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)),) * T
+        for part in tl.static_range(NUM_PARTS):
+            next_i = i if part + 1 < NUM_PARTS else i + num_programs * ROWS
+            next_gate = _load_rows(gate_ptr, next_i, I, (part + 1) % NUM_PARTS, H, CHUNKS, WIDTH)
+            next_up = _load_rows(up_ptr, next_i, I, (part + 1) % NUM_PARTS, H, CHUNKS, WIDTH)
+            new_sums = ()
+            for t in tl.static_range(T):
+                gate_sum = sums[t][0] + _products(gate, x_ptr + t * H, part, H, CHUNKS, WIDTH, "")
+                up_sum = sums[t][1] + _products(up, x_ptr + t * H, part, H, CHUNKS, WIDTH, "")
+                new_sums = new_sums + ((gate_sum, up_sum),)
+            sums = new_sums
+            gate, up = next_gate, next_up
+        for t in tl.static_range(T):
+            activated = activation(tl.sum(sums[t][0], 1), HIDDEN_ACT) * tl.sum(sums[t][1], 1)
+            tl.store(activated_ptr + t * I + i, round_for(activated_ptr, activated), mask=i < I)
+
+
+@triton.jit
+def _routed_sum(parts_ptr, weights_ptr, row, end, H: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+                BLOCK_K: tl.constexpr):  # fmt: skip
+    """The experts' parts of the output's columns ``row``."""
+    k = tl.arange(0, BLOCK_K)
+    mask = (k < K)[:, None] & (row < end)[None, :]
+    parts = tl.load(parts_ptr + k[:, None] * H + row[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+    routed = tl.sum(parts, 0)
+    if NORM:
+        routed = routed / tl.sum(tl.load(weights_ptr + k, mask=k < K, other=0.0, cache_modifier=".cg"), 0)
+    return routed
+
+
+@triton.jit
+def _layer_kernel(
+    x_ptr, router_ptr, mean_ptr, variance_ptr, down_embed_ptr, up_embed_ptr, gate_ptr, up_ptr, down_ptr, pairs_ptr,
+    counters_ptr, scratch_ptr, activated_ptr, logits_ptr, indices_ptr, out_ptr, eps, max_polls,
+    T: tl.constexpr, H: tl.constexpr, I: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    R: tl.constexpr, NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr, NUM_ROUTERS: tl.constexpr,
+    FIRST_GATED: tl.constexpr, ROWS: tl.constexpr, GATE_CHUNKS: tl.constexpr, GATE_WIDTH: tl.constexpr,
+    DOWN_ROWS: tl.constexpr, DOWN_CHUNKS: tl.constexpr, DOWN_WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
+    ROUTE_ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr, OWN: tl.constexpr, OWN_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    launches = tl.load(counters_ptr + LAUNCHES * LINE)
+    # Scratch: the experts' parts [T, K, H], their weights [T, K], then 4 BLOCK_N of each router: scores and ids.
+    weights_ptr = scratch_ptr + T * K * H
+    ranked_ptr = weights_ptr + T * K + program * (4 * BLOCK_N)
+    NUM_PARTS: tl.constexpr = (I + DOWN_CHUNKS * DOWN_WIDTH - 1) // (DOWN_CHUNKS * DOWN_WIDTH)
+    first_row = program * (BLOCKS * DOWN_ROWS)
+    row = first_row + tl.arange(0, DOWN_ROWS)
+    polls_left = max_polls
+    if program >= FIRST_GATED:
+        _gate_up(
+            x_ptr, gate_ptr, up_ptr, activated_ptr, program - FIRST_GATED, num_programs - FIRST_GATED, T, H, I,
+            HIDDEN_ACT, ROWS, GATE_CHUNKS, GATE_WIDTH,
+        )  # fmt: skip
+        arrive(counters_ptr + DONE * LINE)
+    if program < NUM_ROUTERS:
+        _route(
+            x_ptr, router_ptr, mean_ptr, variance_ptr, logits_ptr, eps, program, NUM_ROUTERS, T, H, 2 * N, ROUTE_ROWS,
+            BLOCK_H,
+        )  # fmt: skip
+        arrive(counters_ptr + ROUTED * LINE)
+    # Across the wait, and the routers' work, too.
+    down = _load_rows(down_ptr, row, H, 0, I, DOWN_CHUNKS, DOWN_WIDTH)
+    if program < NUM_ROUTERS:
+        polls_left = wait(counters_ptr + ROUTED * LINE, launches, NUM_ROUTERS, polls_left)
+        STEP: tl.constexpr = T if T < NUM_ROUTERS else NUM_ROUTERS
+        for t in range(program % STEP, T, STEP):
+            log_sum = 0.0
+            for half in tl.static_range(2):
+                ids_ptr = _as_ints(ranked_ptr + (2 + half) * BLOCK_N)
+                log_sum += _rank_half(
+                    logits_ptr + (2 * t + half) * N, ranked_ptr + half * BLOCK_N, ids_ptr, N, R, BLOCK_N, RANK_BLOCK
+                )
+            tl.debug_barrier()  # all of it is there before any thread reads
+            _experts(
+                x_ptr + t * H, down_embed_ptr, up_embed_ptr, ranked_ptr, pairs_ptr, weights_ptr + t * K,
+                scratch_ptr + t * K * H, indices_ptr + t * K, log_sum, program // STEP, NUM_ROUTERS // STEP,
+                H, N, K, C, NORM, HIDDEN_ACT, BLOCK_N, BLOCK_C, OWN, BLOCK_H, OWN_BLOCK,
+            )  # fmt: skip
+            tl.debug_barrier()  # all have read before the next token's ranks are there
+        arrive(counters_ptr + DONE * LINE)
+    num_arrivals = NUM_ROUTERS + num_programs - FIRST_GATED
+    polls_left = wait(counters_ptr + DONE * LINE, launches, num_arrivals, polls_left)
+    for block in range(BLOCKS):
+        row = first_row + block * DOWN_ROWS + tl.arange(0, DOWN_ROWS)
+        routed = ()
+        for t in tl.static_range(T):
+            routed = routed + (
+                _routed_sum(scratch_ptr + t * K * H, weights_ptr + t * K, row, H, H, K, NORM, BLOCK_K),
+            )
+        sums = (tl.zeros([DOWN_ROWS, DOWN_WIDTH], tl.float32),) * T
+        for part in tl.static_range(NUM_PARTS):
+            new_sums = ()
+            for t in tl.static_range(T):
+                products = _products(down, activated_ptr + t * I, part, I, DOWN_CHUNKS, DOWN_WIDTH, ".cg")
+                new_sums = new_sums + (sums[t] + products,)
+            sums = new_sums
+            if part + 1 < NUM_PARTS:
+                down = _load_rows(down_ptr, row, H, part + 1, I, DOWN_CHUNKS, DOWN_WIDTH)
+            elif BLOCKS > 1:
+                end = tl.where(block + 1 < BLOCKS, H, 0)
+                down = _load_rows(down_ptr, row + DOWN_ROWS, end, 0, I, DOWN_CHUNKS, DOWN_WIDTH)
+        for t in tl.static_range(T):
+            out = tl.sum(sums[t], 1) + routed[t]
+            # Whoever has given up waiting says so.
+            out = tl.where(polls_left > 0, out, float("nan"))
+            tl.store(out_ptr + t * H + row, round_for(out_ptr, out), mask=row < H)
+    if program == 0:
+        # All have read it before they arrived for the last time.
+        tl.store(counters_ptr + LAUNCHES * LINE, launches + 1)
+
+
+class _Plan(NamedTuple):
+    """What a layer's sizes decide: the kernel's constants by name, programs, and how much memory one call needs."""
+
+    constants: dict[str, Any]
+    num_programs: int
+    num_pairs: int
+    scratch_numel: int
+
+
+def takes(T: int, num_expert_keys: int, num_experts_per_tok: int) -> bool:
+    """Whether the kernel is for so many tokens, keys and experts."""
+    N, K = num_expert_keys, num_experts_per_tok
+    return 0 < T <= MAX_TOKENS and N <= MAX_KEYS and len(_pairs(N, K)) <= MAX_CANDIDATES
+
+
+def layer_few(
+    x: Tensor, gate: Gate, tables: Weights, dense: Weights, num_experts_per_tok: int, norm_topk_prob: bool,
+    hidden_act: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``y [T, H]``, the gate's product ``[T, 2 * N]`` and ``indices [T, K]``, best first, where ``takes`` says so.
+
+    Of a program that gave up waiting, which nothing should make it do, ``y`` is NaN.
+    """
+    (router_gate, mean, variance, eps), T, I = gate, len(x), len(dense[0])
+    plan = _plan(x.device, T, x.shape[1], I, len(router_gate) // 2, num_experts_per_tok, norm_topk_prob, hidden_act,
+                 x.element_size())  # fmt: skip
+    out, logits = torch.empty_like(x), x.new_empty(T, len(router_gate))
+    activated = x.new_empty(T, I)
+    indices = torch.empty(T, num_experts_per_tok, dtype=torch.int64, device=x.device)
+    scratch = torch.empty(plan.scratch_numel, dtype=torch.float32, device=x.device)
+    pairs = _pairs_on(x.device, len(router_gate) // 2, num_experts_per_tok)
+    with torch.cuda.device_of(x):
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+        tensors = (x, router_gate, mean, variance, *tables, *dense, pairs, _counters.get(x.device, stream), scratch,
+                   activated, logits, indices, out)  # fmt: skip
+        options = {"num_warps": NUM_WARPS}
+        if not INTERPRETED:
+            # All programs at once or an error, since they wait for each other.
+            options["launch_cooperative_grid"] = True
+        _layer_kernel[(plan.num_programs,)](*tensors, eps, MAX_POLLS, **plan.constants, **options)
+    return out, logits, indices
+
+
+_counters = Counters(2)
+
+
+@lru_cache(256)
+def _plan(
+    device: torch.device, T: int, H: int, I: int, N: int, K: int, norm_topk_prob: bool, hidden_act: str, itemsize: int
+) -> _Plan:
+    if device.type == "cuda":
+        num_programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+        num_routers = num_programs // 2 // T * T
+    else:  # the interpreter runs programs one after another: one program of both kinds
+        num_programs = num_routers = 1
+    constants = kernel_constants(T, H, I, N, K, num_programs, num_routers, itemsize)
+    constants |= {"NORM": norm_topk_prob, "HIDDEN_ACT": hidden_act}
+    scratch_numel = T * K * (H + 1) + num_programs * 4 * constants["BLOCK_N"]
+    return _Plan(constants, num_programs, constants["C"], scratch_numel)
+
+
+def kernel_constants(
+    T: int, H: int, I: int, N: int, K: int, num_programs: int, num_routers: int, itemsize: int
+) -> dict[str, Any]:
+    """The kernel's sizes and blocks, for weights of ``itemsize`` bytes."""
+    width = 32 * 16 // itemsize  # 16 bytes for each thread of a warp
+    C, block_n = len(_pairs(N, K)), max(16, triton.next_power_of_2(N))
+    block_h = min(1024, triton.next_power_of_2(max(16, H)))
+    own = triton.next_power_of_2(triton.cdiv(C, max(1, num_routers // T)))
+    down_width = min(2 * width, triton.next_power_of_2(max(16, I)))
+    gate_width = min(width, triton.next_power_of_2(max(16, H)))
+    return {
+        "T": T, "H": H, "I": I, "N": N, "K": K, "C": C, "R": min(N, K),
+        "NUM_ROUTERS": num_routers,
+        "FIRST_GATED": num_routers if num_programs > 1 else 0,
+        "ROWS": ROWS,
+        "GATE_CHUNKS": min(GATE_CHUNKS, triton.cdiv(H, gate_width)),
+        "GATE_WIDTH": gate_width,
+        "DOWN_ROWS": DOWN_ROWS,
+        "DOWN_CHUNKS": min(DOWN_CHUNKS, triton.cdiv(I, down_width)),
+        "DOWN_WIDTH": down_width,
+        "BLOCKS": triton.cdiv(triton.cdiv(H, num_programs), DOWN_ROWS),
+        "ROUTE_ROWS": 2,
+        "BLOCK_H": block_h,
+        "BLOCK_N": block_n,
+        "RANK_BLOCK": min(block_n, RANK_COMPARISONS // block_n),
+        "BLOCK_C": triton.next_power_of_2(max(16, C)),
+        "OWN": own,
+        "OWN_BLOCK": min(own, 4),
+        "BLOCK_K": triton.next_power_of_2(K),
+    }  # fmt: skip
+
+
+@lru_cache(256)
+def _pairs(num_expert_keys: int, num_experts_per_tok: int) -> tuple[int, ...]:
+    """Ranks of row and column key, in the high and the low half: any other pair has K pairs that beat it."""
+    ranks = range(min(num_expert_keys, num_experts_per_tok))
+    return tuple(i << 16 | j for i in ranks for j in ranks if (i + 1) * (j + 1) <= num_experts_per_tok)
+
+
+@lru_cache(256)
+def _pairs_on(device: torch.device, num_expert_keys: int, num_experts_per_tok: int) -> Tensor:
+    return torch.tensor(_pairs(num_expert_keys, num_experts_per_tok), dtype=torch.int32, device=device)
