@@ -28,10 +28,10 @@ from flash_moe.ops._triton.programs import FIRST_COUNTER, LAUNCHES, LINE, MAX_PO
 
 MAX_TOKENS, MAX_KEYS, MAX_CANDIDATES = 2, 256, 1024
 ROUTED, DONE = (tl.constexpr(FIRST_COUNTER + i) for i in range(2))
-# Comparisons of keys at once: 64 for each of 256 threads.
-RANK_COMPARISONS = 2**14
+# Comparisons of keys at once: 16 for each of 256 threads.
+RANK_COMPARISONS = 2**12
 # A program of 8 warps has a row of gate and one of up for each warp; two programs an SM leave 128 registers a thread.
-NUM_WARPS, PROGRAMS_PER_SM = 8, 2
+NUM_WARPS, PROGRAMS_PER_SM, MAX_REGISTERS = 8, 2, 128
 ROWS, DOWN_ROWS, MAX_DOWN_WIDTH, DOWN_CHUNKS = 8, 4, 512, 8
 GATE_CHUNKS = 4
 SMALLEST_KEY = tl.constexpr(-(2**31))
@@ -54,12 +54,9 @@ def _as_ints(float_ptr):
 
 
 @triton.jit
-def _num_above(others, other_ids, keys, ids):
-    """For each key how many of the others are larger, or equal with a lower id."""
-    is_above = (others[None, :] > keys[:, None]) | (
-        (others[None, :] == keys[:, None]) & (other_ids[None, :] < ids[:, None])
-    )
-    return tl.sum(is_above.to(tl.int32), 1)
+def _is_above(others, other_ids, keys, ids):
+    """Larger, or equal with a lower id."""
+    return (others > keys) | ((others == keys) & (other_ids < ids))
 
 
 @triton.jit
@@ -82,32 +79,44 @@ def _route(
 
 
 @triton.jit
-def _rank_half(
-    logits_ptr, scores_ptr, ids_ptr, N: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, RANK_BLOCK: tl.constexpr
-):
-    """The R best logits of a half and their ids, in order, into this program's memory; the log-sum-exp of all."""
+def _make_keys(logits_ptr, keys_ptr, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A half's logits as keys into this program's memory; the log-sum-exp."""
     n = tl.arange(0, BLOCK_N)
-    # Past the L1 cache, which knows nothing of other multiprocessors' stores.
-    logits = tl.load(logits_ptr + n, mask=n < N, other=0.0, cache_modifier=".cg").to(tl.float32)
+    # Past the L1 cache, which knows nothing of other multiprocessors' stores; and once, since all programs read them.
+    logits = tl.load(logits_ptr + n, mask=n < N, other=float("-inf"), cache_modifier=".cg").to(tl.float32)
     keys = tl.where(n < N, _ordered(logits), SMALLEST_KEY)
-    ranks = tl.zeros([BLOCK_N], tl.int32)
+    if logits_ptr.dtype.element_ty != tl.float32:
+        # The low 13 bits of a 16-bit float's key are all equal: room for the id, and one comparison in place of 3.
+        keys = (keys & -8192) | (8191 - n)
+    tl.store(keys_ptr + n, keys)
+    largest = tl.reduce(logits, 0, _nan_max)
+    total = tl.sum(accurate_exp(logits - largest), 0)
+    log = tl.log(total)
+    return largest + (log + (total * accurate_exp(-log) - 1.0))  # as the router's kernel has it
+
+
+@triton.jit
+def _rank_half(
+    logits_ptr, keys_ptr, scores_ptr, ids_ptr,
+    N: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, RANK_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The R best logits of a half and their ids, in order: a key's rank is how many stand above it."""
+    n = tl.arange(0, BLOCK_N)
+    logits = tl.load(logits_ptr + n, mask=n < N, other=0.0, cache_modifier=".cg").to(tl.float32)
+    num_above = tl.zeros([RANK_BLOCK, BLOCK_N], tl.int32)
     for first in tl.static_range(0, BLOCK_N, RANK_BLOCK):
         other = first + tl.arange(0, RANK_BLOCK)
-        others = tl.load(logits_ptr + other, mask=other < N, other=0.0, cache_modifier=".cg").to(tl.float32)
-        others = tl.where(other < N, _ordered(others), SMALLEST_KEY)
+        others = tl.load(keys_ptr + other)[:, None]
+        # As a tile of equal rows, so that each thread gets four neighbours, and few of the others to compare them with.
+        keys = tl.load(keys_ptr + tl.broadcast_to(n[None, :], [RANK_BLOCK, BLOCK_N]))
         if logits_ptr.dtype.element_ty == tl.float32:
-            ranks += _num_above(others, other, keys, n)
+            num_above += _is_above(others, other[:, None], keys, n[None, :]).to(tl.int32)
         else:
-            # The low 13 bits of a 16-bit float's key are all equal: room for the id, and one comparison in place of 3.
-            others, unique = (others & -8192) | (8191 - other), (keys & -8192) | (8191 - n)
-            ranks += tl.sum((others[None, :] > unique[:, None]).to(tl.int32), 1)
+            num_above += (others > keys).to(tl.int32)
+    ranks = tl.sum(num_above, 0)
     is_kept = (ranks < R) & (n < N)
     tl.store(scores_ptr + ranks, logits + 0.0, mask=is_kept)
     tl.store(ids_ptr + ranks, n, mask=is_kept)
-    largest = tl.reduce(tl.where(n < N, logits, float("-inf")), 0, _nan_max)
-    total = tl.sum(tl.where(n < N, accurate_exp(logits - largest), 0.0), 0)
-    log = tl.log(total)
-    return largest + (log + (total * accurate_exp(-log) - 1.0))  # as the router's kernel has it
 
 
 @triton.jit
@@ -127,41 +136,73 @@ def _candidates(ranked_ptr, pairs_ptr, c, mask, N: tl.constexpr, BLOCK_N: tl.con
 
 
 @triton.jit
-def _experts(
-    x_ptr, down_ptr, up_ptr, ranked_ptr, pairs_ptr, weights_ptr, parts_ptr, indices_ptr, log_sum, index, count,
-    H: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, OWN: tl.constexpr, BLOCK_H: tl.constexpr, OWN_BLOCK: tl.constexpr,
+def _rank_candidates(
+    ranked_ptr, pairs_ptr, index, count, N: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Of one token: candidates ``index``, ``index + count``, ..., each a part of the output if among the K best."""
+    """Of candidates ``index``, ``index + count``, ..., four in all, rank among all, sum and expert id, as scalars."""
     c = tl.arange(0, BLOCK_C)
     sums, ids = _candidates(ranked_ptr, pairs_ptr, c, c < C, N, BLOCK_N)
     keys = tl.where(c < C, _ordered(sums), SMALLEST_KEY)
-    for first in tl.static_range(0, OWN, OWN_BLOCK):
-        own = index + count * (first + tl.arange(0, OWN_BLOCK))
-        own_sums, own_ids = _candidates(ranked_ptr, pairs_ptr, own, own < C, N, BLOCK_N)
-        rank = _num_above(keys, ids, _ordered(own_sums), own_ids)
-        is_chosen = (rank < K) & (own < C)
-        best = tl.load(ranked_ptr) + tl.load(ranked_ptr + BLOCK_N)
-        weights = accurate_exp(own_sums - (best if NORM else log_sum))
-        row = own_ids.to(tl.int64) * H
-        s = tl.zeros([OWN_BLOCK], tl.float32)
-        for first_h in tl.static_range(0, H, BLOCK_H):
-            h = first_h + tl.arange(0, BLOCK_H)
-            mask = is_chosen[:, None] & (h < H)[None, :]
-            if H <= BLOCK_H:  # asked for before the dots, on which only its coefficient waits
-                up = tl.load(up_ptr + row[:, None] + h[None, :], mask=mask, other=0.0)
-            x = tl.load(x_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-            down = tl.load(down_ptr + row[:, None] + h[None, :], mask=mask, other=0.0).to(tl.float32)
-            s += tl.sum(down * x[None, :], 1)
-        coefficients = activation(s, HIDDEN_ACT) * weights
-        for first_h in tl.static_range(0, H, BLOCK_H):
-            h = first_h + tl.arange(0, BLOCK_H)
-            mask = is_chosen[:, None] & (h < H)[None, :]
-            if H > BLOCK_H:
-                up = tl.load(up_ptr + row[:, None] + h[None, :], mask=mask, other=0.0)
-            tl.store(parts_ptr + rank[:, None] * H + h[None, :], coefficients[:, None] * up.to(tl.float32), mask=mask)
-        tl.store(weights_ptr + rank, weights, mask=is_chosen)
-        tl.store(indices_ptr + rank, own_ids.to(tl.int64), mask=is_chosen)
+    candidates = ()
+    for i in tl.static_range(0, 4, 2):
+        own, following = index + i * count, index + (i + 1) * count
+        own_sum, own_id = _candidates(ranked_ptr, pairs_ptr, own, own < C, N, BLOCK_N)
+        next_sum, next_id = _candidates(ranked_ptr, pairs_ptr, following, following < C, N, BLOCK_N)
+        is_above = _is_above(keys, ids, _ordered(own_sum), own_id).to(tl.int32)
+        is_above |= _is_above(keys, ids, _ordered(next_sum), next_id).to(tl.int32) << 16
+        ranks = tl.sum(is_above, 0)  # C is below 2^16: both in one sum
+        own_rank = tl.where(own < C, ranks & 0xFFFF, C)
+        next_rank = tl.where(following < C, ranks >> 16, C)
+        candidates = candidates + ((own_rank, own_sum, own_id), (next_rank, next_sum, next_id))
+    return candidates
+
+
+@triton.jit
+def _experts(
+    x_ptr, down_ptr, up_ptr, ranked_ptr, pairs_ptr, weights_ptr, parts_ptr, indices_ptr, log_sum, index, count,
+    H: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, OWN: tl.constexpr, BLOCK_H: tl.constexpr, BLOCKS_H: tl.constexpr,
+):  # fmt: skip
+    """Of one token: candidates ``index``, ``index + count``, ..., each a part of the output if among the K best."""
+    if NORM:
+        log_sum = tl.load(ranked_ptr) + tl.load(ranked_ptr + BLOCK_N)  # the best sum; the weights' own sum is to come
+    for first in range(0, OWN, 4):
+        own = index + first * count
+        candidates = _rank_candidates(ranked_ptr, pairs_ptr, own, count, N, C, BLOCK_N, BLOCK_C)
+        rows = ()
+        for i in tl.static_range(4):  # all rows are asked for before the first is used
+            rank, _, id = candidates[i]
+            end = tl.where(rank < K, H, 0)
+            row = id.to(tl.int64) * H
+            rows = rows + (
+                (_load_row(down_ptr + row, end, BLOCK_H, BLOCKS_H), _load_row(up_ptr + row, end, BLOCK_H, BLOCKS_H)),
+            )
+        x = _load_row(x_ptr, H, BLOCK_H, BLOCKS_H)
+        for i in tl.static_range(4):
+            rank, score, id = candidates[i]
+            if rank < K:
+                down, up = rows[i]
+                products = down[0].to(tl.float32) * x[0].to(tl.float32)
+                for block in tl.static_range(1, BLOCKS_H):
+                    products += down[block].to(tl.float32) * x[block].to(tl.float32)
+                weight = accurate_exp(score - log_sum)
+                coefficient = activation(tl.sum(products, 0), HIDDEN_ACT) * weight
+                for block in tl.static_range(BLOCKS_H):
+                    h = block * BLOCK_H + tl.arange(0, BLOCK_H)
+                    tl.store(parts_ptr + rank * H + h, coefficient * up[block].to(tl.float32), mask=h < H)
+                tl.store(weights_ptr + rank, weight)
+                tl.store(indices_ptr + rank, id.to(tl.int64))
+
+
+@triton.jit
+def _load_row(row_ptr, end, BLOCK_H: tl.constexpr, BLOCKS_H: tl.constexpr):
+    """Blocks of a row up to ``end``."""
+    blocks = ()
+    for block in tl.static_range(BLOCKS_H):
+        h = block * BLOCK_H + tl.arange(0, BLOCK_H)
+        blocks = blocks + (tl.load(row_ptr + h, mask=h < end, other=0.0),)
+    return blocks
 
 
 @triton.jit
@@ -247,13 +288,13 @@ def _layer_kernel(
     FIRST_GATED: tl.constexpr, ROWS: tl.constexpr, GATE_CHUNKS: tl.constexpr, GATE_WIDTH: tl.constexpr,
     DOWN_ROWS: tl.constexpr, DOWN_CHUNKS: tl.constexpr, DOWN_WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
     ROUTE_ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, RANK_BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr, OWN: tl.constexpr, OWN_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr, OWN: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     launches = tl.load(counters_ptr + LAUNCHES * LINE)
-    # Scratch: the experts' parts [T, K, H], their weights [T, K], then 4 BLOCK_N of each router: scores and ids.
+    # Scratch: the experts' parts [T, K, H], their weights [T, K], then 6 BLOCK_N of each router: scores, ids and keys.
     weights_ptr = scratch_ptr + T * K * H
-    ranked_ptr = weights_ptr + T * K + program * (4 * BLOCK_N)
+    ranked_ptr = weights_ptr + T * K + program * (6 * BLOCK_N)
     NUM_PARTS: tl.constexpr = (I + DOWN_CHUNKS * DOWN_WIDTH - 1) // (DOWN_CHUNKS * DOWN_WIDTH)
     first_row = program * (BLOCKS * DOWN_ROWS)
     row = first_row + tl.arange(0, DOWN_ROWS)
@@ -277,16 +318,21 @@ def _layer_kernel(
         STEP: tl.constexpr = T if T < NUM_ROUTERS else NUM_ROUTERS
         for t in range(program % STEP, T, STEP):
             log_sum = 0.0
+            keys_ptr = _as_ints(ranked_ptr + 4 * BLOCK_N)
+            for half in tl.static_range(2):
+                log_sum += _make_keys(logits_ptr + (2 * t + half) * N, keys_ptr + half * BLOCK_N, N, BLOCK_N)
+            tl.debug_barrier()  # all keys are there before any thread reads
             for half in tl.static_range(2):
                 ids_ptr = _as_ints(ranked_ptr + (2 + half) * BLOCK_N)
-                log_sum += _rank_half(
-                    logits_ptr + (2 * t + half) * N, ranked_ptr + half * BLOCK_N, ids_ptr, N, R, BLOCK_N, RANK_BLOCK
-                )
+                _rank_half(
+                    logits_ptr + (2 * t + half) * N, keys_ptr + half * BLOCK_N, ranked_ptr + half * BLOCK_N, ids_ptr,
+                    N, R, BLOCK_N, RANK_BLOCK,
+                )  # fmt: skip
             tl.debug_barrier()  # all of it is there before any thread reads
             _experts(
                 x_ptr + t * H, down_embed_ptr, up_embed_ptr, ranked_ptr, pairs_ptr, weights_ptr + t * K,
                 scratch_ptr + t * K * H, indices_ptr + t * K, log_sum, program // STEP, NUM_ROUTERS // STEP,
-                H, N, K, C, NORM, HIDDEN_ACT, BLOCK_N, BLOCK_C, OWN, BLOCK_H, OWN_BLOCK,
+                H, N, K, C, NORM, HIDDEN_ACT, BLOCK_N, BLOCK_C, OWN, BLOCK_H, (H + BLOCK_H - 1) // BLOCK_H,
             )  # fmt: skip
             tl.debug_barrier()  # all have read before the next token's ranks are there
         arrive(counters_ptr + DONE * LINE)
@@ -356,11 +402,9 @@ def layer_few(
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
         tensors = (x, router_gate, mean, variance, *tables, *dense, pairs, _counters.get(x.device, stream), scratch,
                    activated, logits, indices, out)  # fmt: skip
-        options = {"num_warps": NUM_WARPS}
-        if not INTERPRETED:
-            # All programs at once or an error, since they wait for each other.
-            options["launch_cooperative_grid"] = True
-        _layer_kernel[(plan.num_programs,)](*tensors, eps, MAX_POLLS, **plan.constants, **options)
+        # All programs at once or an error, since they wait for each other. The interpreter knows nothing of either.
+        options = {} if INTERPRETED else {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS}
+        _layer_kernel[(plan.num_programs,)](*tensors, eps, MAX_POLLS, **plan.constants, num_warps=NUM_WARPS, **options)
     return out, logits, indices
 
 
@@ -378,7 +422,7 @@ def _plan(
         num_programs = num_routers = 1
     constants = kernel_constants(T, H, I, N, K, num_programs, num_routers, itemsize)
     constants |= {"NORM": norm_topk_prob, "HIDDEN_ACT": hidden_act}
-    scratch_numel = T * K * (H + 1) + num_programs * 4 * constants["BLOCK_N"]
+    scratch_numel = T * K * (H + 1) + num_routers * 6 * constants["BLOCK_N"]
     return _Plan(constants, num_programs, constants["C"], scratch_numel)
 
 
@@ -389,7 +433,7 @@ def kernel_constants(
     width = 32 * 16 // itemsize  # 16 bytes for each thread of a warp
     C, block_n = len(_pairs(N, K)), max(16, triton.next_power_of_2(N))
     block_h = min(1024, triton.next_power_of_2(max(16, H)))
-    own = triton.next_power_of_2(triton.cdiv(C, max(1, num_routers // T)))
+    own = triton.cdiv(C, max(1, num_routers // T))
     down_width = min(2 * width, triton.next_power_of_2(max(16, I)))
     gate_width = min(width, triton.next_power_of_2(max(16, H)))
     return {
@@ -409,7 +453,6 @@ def kernel_constants(
         "RANK_BLOCK": min(block_n, RANK_COMPARISONS // block_n),
         "BLOCK_C": triton.next_power_of_2(max(16, C)),
         "OWN": own,
-        "OWN_BLOCK": min(own, 4),
         "BLOCK_K": triton.next_power_of_2(K),
     }  # fmt: skip
 
