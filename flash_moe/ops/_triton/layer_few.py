@@ -23,8 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_moe.ops._triton.gate import _load_norm
-from flash_moe.ops._triton.math import INTERPRETED, accurate_exp, activation, round_for
+from flash_moe.ops._triton.math import accurate_exp, activation, round_for
 from flash_moe.ops._triton.programs import FIRST_COUNTER, LAUNCHES, LINE, MAX_POLLS, Counters, arrive, wait
+from flash_moe.ops._triton.relaunch import Relaunch
 
 MAX_TOKENS, MAX_KEYS, MAX_CANDIDATES = 2, 256, 1024
 ROUTED, DONE = (tl.constexpr(FIRST_COUNTER + i) for i in range(2))
@@ -282,19 +283,21 @@ def _routed_sum(parts_ptr, weights_ptr, row, end, H: tl.constexpr, K: tl.constex
 @triton.jit
 def _layer_kernel(
     x_ptr, router_ptr, mean_ptr, variance_ptr, down_embed_ptr, up_embed_ptr, gate_ptr, up_ptr, down_ptr, pairs_ptr,
-    counters_ptr, scratch_ptr, activated_ptr, logits_ptr, indices_ptr, out_ptr, eps, max_polls,
+    counters_ptr, scratch_ptr, logits_ptr, indices_ptr, out_ptr, eps, max_polls,
     T: tl.constexpr, H: tl.constexpr, I: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     R: tl.constexpr, NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr, NUM_ROUTERS: tl.constexpr,
     FIRST_GATED: tl.constexpr, ROWS: tl.constexpr, GATE_CHUNKS: tl.constexpr, GATE_WIDTH: tl.constexpr,
     DOWN_ROWS: tl.constexpr, DOWN_CHUNKS: tl.constexpr, DOWN_WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
     ROUTE_ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, RANK_BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr, OWN: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr, OWN: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATED: tl.constexpr,
 ):  # fmt: skip
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     launches = tl.load(counters_ptr + LAUNCHES * LINE)
-    # Scratch: the experts' parts [T, K, H], their weights [T, K], then 6 BLOCK_N of each router: scores, ids and keys.
+    # Scratch: the experts' parts [T, K, H], their weights [T, K], then 6 BLOCK_N of each router: scores, ids and keys; from
+    # ACTIVATED on, in the dtype of x, what lies between the MLP's products [T, I].
     weights_ptr = scratch_ptr + T * K * H
     ranked_ptr = weights_ptr + T * K + program * (6 * BLOCK_N)
+    activated_ptr = (scratch_ptr + ACTIVATED).to(x_ptr.dtype, bitcast=True)
     NUM_PARTS: tl.constexpr = (I + DOWN_CHUNKS * DOWN_WIDTH - 1) // (DOWN_CHUNKS * DOWN_WIDTH)
     first_row = program * (BLOCKS * DOWN_ROWS)
     row = first_row + tl.arange(0, DOWN_ROWS)
@@ -367,19 +370,33 @@ def _layer_kernel(
         tl.store(counters_ptr + LAUNCHES * LINE, launches + 1)
 
 
-class _Plan(NamedTuple):
-    """What a layer's sizes decide: the kernel's constants by name, programs, and how much memory one call needs."""
+class _Sizes(NamedTuple):
+    """What a launch is compiled for, beside the GPU."""
 
-    constants: dict[str, Any]
-    num_programs: int
-    num_pairs: int
+    T: int
+    H: int
+    I: int
+    N: int
+    K: int
+    dtype: torch.dtype
+    mean_dtype: torch.dtype
+    variance_dtype: torch.dtype
+    eps: float
+    norm_topk_prob: bool
+    hidden_act: str
+
+
+class _Plan(NamedTuple):
+    launch: Relaunch
+    pairs: Tensor
     scratch_numel: int
 
 
 def takes(T: int, num_expert_keys: int, num_experts_per_tok: int) -> bool:
     """Whether the kernel is for so many tokens, keys and experts."""
-    N, K = num_expert_keys, num_experts_per_tok
-    return 0 < T <= MAX_TOKENS and N <= MAX_KEYS and len(_pairs(N, K)) <= MAX_CANDIDATES
+    if not 0 < T <= MAX_TOKENS or num_expert_keys > MAX_KEYS:
+        return False
+    return len(_pairs(num_expert_keys, num_experts_per_tok)) <= MAX_CANDIDATES
 
 
 def layer_few(
@@ -390,21 +407,26 @@ def layer_few(
 
     Of a program that gave up waiting, which nothing should make it do, ``y`` is NaN.
     """
-    (router_gate, mean, variance, eps), T, I = gate, len(x), len(dense[0])
-    plan = _plan(x.device, T, x.shape[1], I, len(router_gate) // 2, num_experts_per_tok, norm_topk_prob, hidden_act,
-                 x.element_size())  # fmt: skip
-    out, logits = torch.empty_like(x), x.new_empty(T, len(router_gate))
-    activated = x.new_empty(T, I)
-    indices = torch.empty(T, num_experts_per_tok, dtype=torch.int64, device=x.device)
-    scratch = torch.empty(plan.scratch_numel, dtype=torch.float32, device=x.device)
-    pairs = _pairs_on(x.device, len(router_gate) // 2, num_experts_per_tok)
-    with torch.cuda.device_of(x):
-        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-        tensors = (x, router_gate, mean, variance, *tables, *dense, pairs, _counters.get(x.device, stream), scratch,
-                   activated, logits, indices, out)  # fmt: skip
-        # All programs at once or an error, since they wait for each other. The interpreter knows nothing of either.
-        options = {} if INTERPRETED else {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS}
-        _layer_kernel[(plan.num_programs,)](*tensors, eps, MAX_POLLS, **plan.constants, num_warps=NUM_WARPS, **options)
+    router_gate, mean, variance, eps = gate
+    (T, H), device, C2 = x.shape, x.device, router_gate.shape[0]
+    sizes = _Sizes(
+        T, H, dense[0].shape[0], C2 // 2, num_experts_per_tok, x.dtype, mean.dtype, variance.dtype, eps,
+        norm_topk_prob, hidden_act,
+    )  # fmt: skip
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _launch(sizes, x, (router_gate, mean, variance, *tables, *dense))
+    return _launch(sizes, x, (router_gate, mean, variance, *tables, *dense))
+
+
+def _launch(sizes: _Sizes, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    device, T = x.device, sizes.T
+    plan = _plan(sizes, device)
+    out, logits = torch.empty_like(x), x.new_empty(T, 2 * sizes.N)
+    indices = torch.empty(T, sizes.K, dtype=torch.int64, device=device)
+    scratch = torch.empty(plan.scratch_numel, dtype=torch.float32, device=device)
+    stream = triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
+    plan.launch((x, *weights, plan.pairs, _counters.get(device, stream), scratch, logits, indices, out), stream)
     return out, logits, indices
 
 
@@ -412,24 +434,23 @@ _counters = Counters(2)
 
 
 @lru_cache(256)
-def _plan(
-    device: torch.device, T: int, H: int, I: int, N: int, K: int, norm_topk_prob: bool, hidden_act: str, itemsize: int
-) -> _Plan:
+def _plan(sizes: _Sizes, device: torch.device) -> _Plan:
+    T, H, I, N, K, dtype, *_, eps, norm_topk_prob, hidden_act = sizes
+    num_programs, options = 1, {}  # the interpreter runs programs one after another: one program of both kinds
     if device.type == "cuda":
         num_programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
-        num_routers = num_programs // 2 // T * T
-    else:  # the interpreter runs programs one after another: one program of both kinds
-        num_programs = num_routers = 1
-    constants = kernel_constants(T, H, I, N, K, num_programs, num_routers, itemsize)
+        # All programs at once or an error, since they wait for each other.
+        options = {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS}
+    constants = kernel_constants(T, H, I, N, K, num_programs, dtype.itemsize)
     constants |= {"NORM": norm_topk_prob, "HIDDEN_ACT": hidden_act}
-    scratch_numel = T * K * (H + 1) + num_routers * 6 * constants["BLOCK_N"]
-    return _Plan(constants, num_programs, constants["C"], scratch_numel)
+    pairs = torch.tensor(_pairs(N, K), dtype=torch.int32, device=device)
+    launch = Relaunch(_layer_kernel, num_programs, (eps, MAX_POLLS), constants, num_warps=NUM_WARPS, **options)
+    return _Plan(launch, pairs, constants["ACTIVATED"] + triton.cdiv(T * I * dtype.itemsize, 4))
 
 
-def kernel_constants(
-    T: int, H: int, I: int, N: int, K: int, num_programs: int, num_routers: int, itemsize: int
-) -> dict[str, Any]:
+def kernel_constants(T: int, H: int, I: int, N: int, K: int, num_programs: int, itemsize: int) -> dict[str, Any]:
     """The kernel's sizes and blocks, for weights of ``itemsize`` bytes."""
+    num_routers = max(1, num_programs // 2)  # whatever T is: every launch adds as much to a counter
     width = 32 * 16 // itemsize  # 16 bytes for each thread of a warp
     C, block_n = len(_pairs(N, K)), max(16, triton.next_power_of_2(N))
     block_h = min(1024, triton.next_power_of_2(max(16, H)))
@@ -454,6 +475,7 @@ def kernel_constants(
         "BLOCK_C": triton.next_power_of_2(max(16, C)),
         "OWN": own,
         "BLOCK_K": triton.next_power_of_2(K),
+        "ACTIVATED": triton.cdiv(T * K * (H + 1) + num_routers * 6 * block_n, 4) * 4,
     }  # fmt: skip
 
 
@@ -462,8 +484,3 @@ def _pairs(num_expert_keys: int, num_experts_per_tok: int) -> tuple[int, ...]:
     """Ranks of row and column key, in the high and the low half: any other pair has K pairs that beat it."""
     ranks = range(min(num_expert_keys, num_experts_per_tok))
     return tuple(i << 16 | j for i in ranks for j in ranks if (i + 1) * (j + 1) <= num_experts_per_tok)
-
-
-@lru_cache(256)
-def _pairs_on(device: torch.device, num_expert_keys: int, num_experts_per_tok: int) -> Tensor:
-    return torch.tensor(_pairs(num_expert_keys, num_experts_per_tok), dtype=torch.int32, device=device)

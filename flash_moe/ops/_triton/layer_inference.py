@@ -27,7 +27,7 @@ def layer_inference(
     hidden_act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``y [T, H]``, the gate's product ``[T, 2 * N]`` and ``indices [T, K]``."""
-    if takes(len(x), len(gate[0]) // 2, num_experts_per_tok):
+    if takes(x.shape[0], gate[0].shape[0] // 2, num_experts_per_tok):
         return layer_few(x, gate, tables, dense, num_experts_per_tok, norm_topk_prob, hidden_act)
     is_few = len(x) <= MAX_FEW_TOKENS
     beside = SideStream(x)
