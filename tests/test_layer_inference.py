@@ -41,7 +41,8 @@ def test_same_numbers_as_with_gradients(T, dtype, norm_topk_prob, device):
     counts = layer.expert_usage().counts
     layer.reset_expert_usage()
     y, router_logits = run(layer, x)
-    assert torch.equal(router_logits, low_logits)
+    # One or two tokens have a kernel of their own, which adds in another order.
+    assert (router_logits - low_logits).abs().max() <= 2 * torch.finfo(dtype).eps * low_logits.abs().max()
     assert torch.equal(layer.expert_usage().counts, counts)
     exact_layer = FlashMoE(FlashMoEConfig(**SIZES, norm_topk_prob=norm_topk_prob, backend="reference")).double().eval()
     exact_layer.load_state_dict(layer.state_dict())
