@@ -125,8 +125,7 @@ def test_realistic_sizes(T, H, I, N, K, dtype, device, monkeypatch):
     by_half = logits.view(T, 2, N).transpose(0, 1)
     weights, want_indices = flash_routing(by_half, N, K, backend="reference")
     assert torch.equal(indices, want_indices)
-    x, gate, (down, up), dense, *_ = ([z.double() for z in part] if isinstance(part, tuple) else part for part in
-                                      (arguments[0].double(), (), arguments[2], arguments[3]))  # fmt: skip
+    x, down, up, *dense = (z.double() for z in (arguments[0], *arguments[2], *arguments[3]))
     s = (down[indices] @ x[:, :, None])[..., 0]
     exact = ((torch.nn.functional.silu(s) * weights)[:, None, :] @ up[indices])[:, 0]
     exact += (torch.nn.functional.silu(x @ dense[0].T) * (x @ dense[1].T)) @ dense[2].T

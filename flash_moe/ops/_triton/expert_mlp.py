@@ -60,6 +60,15 @@ class SideStream:
         """A point for ``join`` to wait for, in place of all that the stream has been given."""
         return None if self._current is None else self._side.record_event()
 
+    def current_mark(self) -> torch.cuda.Event | None:
+        """The same of the current stream, for ``follow``."""
+        return None if self._current is None else self._current.record_event()
+
+    def follow(self, mark: torch.cuda.Event | None) -> None:
+        """What comes now waits for the current stream at that point."""
+        if mark is not None:
+            self._side.wait_event(mark)
+
     def join(self, mark: torch.cuda.Event | None = None) -> None:
         if self._current is not None:
             self._current.wait_event(mark or self._side.record_event())
@@ -110,6 +119,7 @@ def expert_mlp_backward(
             groups = (group_for_rows if sparse_grad else group_for_tables)(x, indices, num_experts)
         grouped = beside.mark()
     dx, dweights, ds, coefficients = expert_backward_tokens(grad_out, *experts, pre_activations, hidden_act)
+    has_dx = beside.current_mark()
     ids, tables = indices.new_empty(0, dtype=torch.int64), (x.new_empty(0), x.new_empty(0))
     beside.join(grouped)
     pairs = (grad_out, x, indices, ds, coefficients, num_experts, groups)
@@ -119,27 +129,30 @@ def expert_mlp_backward(
         tables = expert_backward_tables(*pairs)
     del pairs, ds, coefficients  # not the groups: they are the other stream's, which would use their memory at once
     with beside:  # asked for last, so that what the experts needed is free again where all is in line
-        dgate, dup, dense_grads = _dense_backward(grad_out, x, dense, dense_saved, hidden_act, wants_dense)
+        dgate, dup, ddown_proj = _gated_backward(grad_out, dense[2], dense_saved, hidden_act, wants_dense)
+        beside.follow(has_dx)
+        dgate_proj = _product_backward(dgate, x, dense[0], wants_dense, dx)
+        del dgate
+        dup_proj = _product_backward(dup, x, dense[1], wants_dense, dx)
     beside.join()
-    gate_proj, up_proj, _ = dense
-    dx.addmm_(dgate, gate_proj)
-    dx.addmm_(dup, up_proj)
-    return dx, dweights, ids, *tables, *dense_grads
+    return dx, dweights, ids, *tables, dgate_proj, dup_proj, ddown_proj
 
 
-def _dense_backward(
-    grad_out: Tensor, x: Tensor, dense: Dense, saved: Sequence[Tensor], hidden_act: str, wants_dense: bool
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """``dgate`` and ``dup [T, I]``, and the three weights' gradients, empty unless wanted."""
+def _gated_backward(
+    grad_out: Tensor, down_proj: Tensor, saved: Sequence[Tensor], hidden_act: str, wants_dense: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dgate`` and ``dup [T, I]``, and the gradient of ``down_proj``, empty unless wanted."""
     gate, up = saved
-    grads = tuple(torch.empty_like(each) if wants_dense else each.new_empty(0) for each in dense)
     # Two buffers of ``[T, I]`` in all: one for the gated product, then what comes back to it, then dgate; one for dup.
-    buffer = torch.empty_like(gate)
+    buffer, ddown_proj = torch.empty_like(gate), down_proj.new_empty(0)
     if wants_dense:
-        torch.mm(grad_out.t(), gated_activation_forward(gate, up, hidden_act, out=buffer), out=grads[2])
-    torch.mm(grad_out, dense[2], out=buffer)
+        ddown_proj = torch.mm(grad_out.t(), gated_activation_forward(gate, up, hidden_act, out=buffer))
+    torch.mm(grad_out, down_proj, out=buffer)
     dgate, dup = gated_activation_backward(buffer, gate, up, hidden_act, out=(buffer, torch.empty_like(up)))
-    if wants_dense:
-        torch.mm(dgate.t(), x, out=grads[0])
-        torch.mm(dup.t(), x, out=grads[1])
-    return dgate, dup, grads
+    return dgate, dup, ddown_proj
+
+
+def _product_backward(grad: Tensor, x: Tensor, weight: Tensor, wants_dense: bool, dx: Tensor) -> Tensor:
+    """The weight's gradient, empty unless wanted; that of x is added to ``dx``."""
+    dx.addmm_(grad, weight)
+    return torch.mm(grad.t(), x) if wants_dense else weight.new_empty(0)

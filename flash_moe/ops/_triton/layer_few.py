@@ -183,15 +183,15 @@ def _experts(
         for i in tl.static_range(4):
             rank, score, id = candidates[i]
             if rank < K:
-                down, up = rows[i]
-                products = down[0].to(tl.float32) * x[0].to(tl.float32)
+                products = rows[i][0][0].to(tl.float32) * x[0].to(tl.float32)
                 for block in tl.static_range(1, BLOCKS_H):
-                    products += down[block].to(tl.float32) * x[block].to(tl.float32)
+                    products += rows[i][0][block].to(tl.float32) * x[block].to(tl.float32)
                 weight = accurate_exp(score - log_sum)
                 coefficient = activation(tl.sum(products, 0), HIDDEN_ACT) * weight
                 for block in tl.static_range(BLOCKS_H):
                     h = block * BLOCK_H + tl.arange(0, BLOCK_H)
-                    tl.store(parts_ptr + rank * H + h, coefficient * up[block].to(tl.float32), mask=h < H)
+                    up = rows[i][1][block].to(tl.float32)
+                    tl.store(parts_ptr + rank * H + h, coefficient * up, mask=h < H)
                 tl.store(weights_ptr + rank, weight)
                 tl.store(indices_ptr + rank, id.to(tl.int64))
 
@@ -293,8 +293,8 @@ def _layer_kernel(
 ):  # fmt: skip
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     launches = tl.load(counters_ptr + LAUNCHES * LINE)
-    # Scratch: the experts' parts [T, K, H], their weights [T, K], then 6 BLOCK_N of each router: scores, ids and keys; from
-    # ACTIVATED on, in the dtype of x, what lies between the MLP's products [T, I].
+    # Scratch: the experts' parts [T, K, H], their weights [T, K], then 6 BLOCK_N of each router: scores, ids and keys;
+    # from ACTIVATED on, in the dtype of x, what lies between the MLP's products [T, I].
     weights_ptr = scratch_ptr + T * K * H
     ranked_ptr = weights_ptr + T * K + program * (6 * BLOCK_N)
     activated_ptr = (scratch_ptr + ACTIVATED).to(x_ptr.dtype, bitcast=True)
@@ -345,9 +345,7 @@ def _layer_kernel(
         row = first_row + block * DOWN_ROWS + tl.arange(0, DOWN_ROWS)
         routed = ()
         for t in tl.static_range(T):
-            routed = routed + (
-                _routed_sum(scratch_ptr + t * K * H, weights_ptr + t * K, row, H, H, K, NORM, BLOCK_K),
-            )
+            routed = routed + (_routed_sum(scratch_ptr + t * K * H, weights_ptr + t * K, row, H, H, K, NORM, BLOCK_K),)
         sums = (tl.zeros([DOWN_ROWS, DOWN_WIDTH], tl.float32),) * T
         for part in tl.static_range(NUM_PARTS):
             new_sums = ()

@@ -42,8 +42,8 @@ def wait(counter_ptr, launches, count, polls_left):
 class Counters:
     """Cleared memory by stream, kept; each captured call has some to itself, for ever.
 
-    A graph may run beside anything, and how long it lives is not known here. Clearing within a capture would be a launch
-    of its own on each replay, so what graphs will need is cleared before; beyond that it is done in the graph.
+    A graph may run beside anything, and how long it lives is not known here. Clearing within a capture would be a
+    launch of its own on each replay, so what graphs will need is cleared before; beyond that it is done in the graph.
     """
 
     def __init__(self, num_counters: int) -> None:
