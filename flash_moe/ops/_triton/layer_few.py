@@ -30,10 +30,10 @@ from flash_moe.ops._triton.relaunch import Relaunch
 MAX_TOKENS, MAX_KEYS, MAX_CANDIDATES = 2, 256, 1024
 ROUTED, DONE = (tl.constexpr(FIRST_COUNTER + i) for i in range(2))
 # Comparisons of keys at once: 16 for each of 256 threads.
-RANK_COMPARISONS = 2**12
+RANK_COMPARISONS = tl.constexpr(2**12)
 # A program of 8 warps has a row of gate and one of up for each warp; two programs an SM leave 128 registers a thread.
 NUM_WARPS, PROGRAMS_PER_SM, MAX_REGISTERS = 8, 2, 128
-ROWS, DOWN_ROWS, MAX_DOWN_WIDTH, DOWN_CHUNKS = 8, 4, 512, 8
+ROWS, DOWN_ROWS, DOWN_CHUNKS = 8, 4, 8
 GATE_CHUNKS = 4
 SMALLEST_KEY = tl.constexpr(-(2**31))
 LARGEST_KEY = tl.constexpr(2**31 - 1)
@@ -123,6 +123,24 @@ def _rank_half(
 @triton.jit
 def _nan_max(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _list_pairs(
+    pairs_ptr, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ROWS: tl.constexpr
+):  # fmt: skip
+    """All pairs of ranks (i, j) with (i + 1) * (j + 1) <= K, i in the high half: any other has K pairs that beat it.
+
+    Into this program's memory, while it would only wait. From the host it would be a copy, which a graph cannot hold.
+    """
+    col = tl.arange(0, BLOCK_R)[None, :]
+    begin = 0
+    for first in range(0, R, BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        length = tl.where(row < R, tl.minimum(K // (row + 1), R), 0)
+        at = begin + tl.cumsum(length, 0) - length
+        tl.store(pairs_ptr + at[:, None] + col, (row[:, None] << 16) | col, mask=col < length[:, None])
+        begin += tl.sum(length, 0)
 
 
 @triton.jit
@@ -282,21 +300,22 @@ def _routed_sum(parts_ptr, weights_ptr, row, end, H: tl.constexpr, K: tl.constex
 
 @triton.jit
 def _layer_kernel(
-    x_ptr, router_ptr, mean_ptr, variance_ptr, down_embed_ptr, up_embed_ptr, gate_ptr, up_ptr, down_ptr, pairs_ptr,
+    x_ptr, router_ptr, mean_ptr, variance_ptr, down_embed_ptr, up_embed_ptr, gate_ptr, up_ptr, down_ptr,
     counters_ptr, scratch_ptr, logits_ptr, indices_ptr, out_ptr, eps, max_polls,
     T: tl.constexpr, H: tl.constexpr, I: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     R: tl.constexpr, NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr, NUM_ROUTERS: tl.constexpr,
     FIRST_GATED: tl.constexpr, ROWS: tl.constexpr, GATE_CHUNKS: tl.constexpr, GATE_WIDTH: tl.constexpr,
     DOWN_ROWS: tl.constexpr, DOWN_CHUNKS: tl.constexpr, DOWN_WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
-    ROUTE_ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, RANK_BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr, OWN: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATED: tl.constexpr,
+    BLOCK_R: tl.constexpr, ROUTE_ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, OWN: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATED: tl.constexpr,
 ):  # fmt: skip
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     launches = tl.load(counters_ptr + LAUNCHES * LINE)
-    # Scratch: the experts' parts [T, K, H], their weights [T, K], then 6 BLOCK_N of each router: scores, ids and keys;
-    # from ACTIVATED on, in the dtype of x, what lies between the MLP's products [T, I].
+    # Scratch: the experts' parts [T, K, H], their weights [T, K], then of each router scores, ids and keys,
+    # BLOCK_N of each and each half, and pairs [C]; from ACTIVATED on, in the dtype of x, what lies between the MLP's
+    # products [T, I].
     weights_ptr = scratch_ptr + T * K * H
-    ranked_ptr = weights_ptr + T * K + program * (6 * BLOCK_N)
+    ranked_ptr = weights_ptr + T * K + program * (6 * BLOCK_N + C)
     activated_ptr = (scratch_ptr + ACTIVATED).to(x_ptr.dtype, bitcast=True)
     NUM_PARTS: tl.constexpr = (I + DOWN_CHUNKS * DOWN_WIDTH - 1) // (DOWN_CHUNKS * DOWN_WIDTH)
     first_row = program * (BLOCKS * DOWN_ROWS)
@@ -317,6 +336,8 @@ def _layer_kernel(
     # Across the wait, and the routers' work, too.
     down = _load_rows(down_ptr, row, H, 0, I, DOWN_CHUNKS, DOWN_WIDTH)
     if program < NUM_ROUTERS:
+        pairs_ptr = _as_ints(ranked_ptr + 6 * BLOCK_N)
+        _list_pairs(pairs_ptr, K, R, BLOCK_R, RANK_COMPARISONS // BLOCK_R)
         polls_left = wait(counters_ptr + ROUTED * LINE, launches, NUM_ROUTERS, polls_left)
         STEP: tl.constexpr = T if T < NUM_ROUTERS else NUM_ROUTERS
         for t in range(program % STEP, T, STEP):
@@ -386,7 +407,6 @@ class _Sizes(NamedTuple):
 
 class _Plan(NamedTuple):
     launch: Relaunch
-    pairs: Tensor
     scratch_numel: int
 
 
@@ -394,7 +414,7 @@ def takes(T: int, num_expert_keys: int, num_experts_per_tok: int) -> bool:
     """Whether the kernel is for so many tokens, keys and experts."""
     if not 0 < T <= MAX_TOKENS or num_expert_keys > MAX_KEYS:
         return False
-    return len(_pairs(num_expert_keys, num_experts_per_tok)) <= MAX_CANDIDATES
+    return _num_pairs(num_expert_keys, num_experts_per_tok) <= MAX_CANDIDATES
 
 
 def layer_few(
@@ -424,7 +444,7 @@ def _launch(sizes: _Sizes, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor,
     indices = torch.empty(T, sizes.K, dtype=torch.int64, device=device)
     scratch = torch.empty(plan.scratch_numel, dtype=torch.float32, device=device)
     stream = triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
-    plan.launch((x, *weights, plan.pairs, _counters.get(device, stream), scratch, logits, indices, out), stream)
+    plan.launch((x, *weights, _counters.get(device, stream), scratch, logits, indices, out), stream)
     return out, logits, indices
 
 
@@ -441,16 +461,15 @@ def _plan(sizes: _Sizes, device: torch.device) -> _Plan:
         options = {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS}
     constants = kernel_constants(T, H, I, N, K, num_programs, dtype.itemsize)
     constants |= {"NORM": norm_topk_prob, "HIDDEN_ACT": hidden_act}
-    pairs = torch.tensor(_pairs(N, K), dtype=torch.int32, device=device)
     launch = Relaunch(_layer_kernel, num_programs, (eps, MAX_POLLS), constants, num_warps=NUM_WARPS, **options)
-    return _Plan(launch, pairs, constants["ACTIVATED"] + triton.cdiv(T * I * dtype.itemsize, 4))
+    return _Plan(launch, constants["ACTIVATED"] + triton.cdiv(T * I * dtype.itemsize, 4))
 
 
 def kernel_constants(T: int, H: int, I: int, N: int, K: int, num_programs: int, itemsize: int) -> dict[str, Any]:
     """The kernel's sizes and blocks, for weights of ``itemsize`` bytes."""
     num_routers = max(1, num_programs // 2)  # whatever T is: every launch adds as much to a counter
     width = 32 * 16 // itemsize  # 16 bytes for each thread of a warp
-    C, block_n = len(_pairs(N, K)), max(16, triton.next_power_of_2(N))
+    C, block_n = _num_pairs(N, K), max(16, triton.next_power_of_2(N))
     block_h = min(1024, triton.next_power_of_2(max(16, H)))
     own = triton.cdiv(C, max(1, num_routers // T))
     down_width = min(2 * width, triton.next_power_of_2(max(16, I)))
@@ -466,19 +485,20 @@ def kernel_constants(T: int, H: int, I: int, N: int, K: int, num_programs: int, 
         "DOWN_CHUNKS": min(DOWN_CHUNKS, triton.cdiv(I, down_width)),
         "DOWN_WIDTH": down_width,
         "BLOCKS": triton.cdiv(triton.cdiv(H, num_programs), DOWN_ROWS),
+        "BLOCK_R": max(2, triton.next_power_of_2(min(N, K))),
         "ROUTE_ROWS": 2,
         "BLOCK_H": block_h,
         "BLOCK_N": block_n,
-        "RANK_BLOCK": min(block_n, RANK_COMPARISONS // block_n),
+        "RANK_BLOCK": min(block_n, RANK_COMPARISONS.value // block_n),
         "BLOCK_C": triton.next_power_of_2(max(16, C)),
         "OWN": own,
         "BLOCK_K": triton.next_power_of_2(K),
-        "ACTIVATED": triton.cdiv(T * K * (H + 1) + num_routers * 6 * block_n, 4) * 4,
+        "ACTIVATED": triton.cdiv(T * K * (H + 1) + num_routers * (6 * block_n + C), 4) * 4,
     }  # fmt: skip
 
 
 @lru_cache(256)
-def _pairs(num_expert_keys: int, num_experts_per_tok: int) -> tuple[int, ...]:
-    """Ranks of row and column key, in the high and the low half: any other pair has K pairs that beat it."""
-    ranks = range(min(num_expert_keys, num_experts_per_tok))
-    return tuple(i << 16 | j for i in ranks for j in ranks if (i + 1) * (j + 1) <= num_experts_per_tok)
+def _num_pairs(num_expert_keys: int, num_experts_per_tok: int) -> int:
+    """C."""
+    R = min(num_expert_keys, num_experts_per_tok)
+    return sum(min(R, num_experts_per_tok // i) for i in range(1, R + 1))
