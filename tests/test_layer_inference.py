@@ -82,6 +82,21 @@ def test_opcheck(device):
     opcheck(torch.ops.flash_moe.layer_inference.default, arguments)
 
 
+def test_a_tensor_of_another_kind_goes_through_the_op(device, monkeypatch):
+    class Other(torch.Tensor):
+        pass
+
+    layer, x = make_layer(torch.float32, device), torch.randn(3, 24, device=device)
+    want, _ = run(layer, x)
+    called = []
+    op = torch.ops.flash_moe.layer_inference
+    monkeypatch.setattr(torch.ops.flash_moe, "layer_inference", lambda *arguments: called.append(1) or op(*arguments))
+    assert torch.equal(run(layer, x)[0], want)
+    assert not called
+    assert torch.equal(run(layer, x.as_subclass(Other))[0], want)
+    assert called
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("T", [1, 2, 16, 300])
 def test_replay_with_other_tokens(T, device):
