@@ -41,7 +41,8 @@ def test_same_numbers_as_with_gradients(T, dtype, norm_topk_prob, device):
     counts = layer.expert_usage().counts
     layer.reset_expert_usage()
     y, router_logits = run(layer, x)
-    assert torch.equal(router_logits, low_logits)
+    # One or two tokens have a kernel of their own, which adds in another order.
+    assert (router_logits - low_logits).abs().max() <= 2 * torch.finfo(dtype).eps * low_logits.abs().max()
     assert torch.equal(layer.expert_usage().counts, counts)
     exact_layer = FlashMoE(FlashMoEConfig(**SIZES, norm_topk_prob=norm_topk_prob, backend="reference")).double().eval()
     exact_layer.load_state_dict(layer.state_dict())
@@ -79,6 +80,21 @@ def test_opcheck(device):
     gate, down_embed, up_embed, *dense = weights
     arguments = (x, gate, norm.running_mean, norm.running_var, down_embed, up_embed, *dense, norm.eps, 3, False, "silu")
     opcheck(torch.ops.flash_moe.layer_inference.default, arguments)
+
+
+def test_a_tensor_of_another_kind_goes_through_the_op(device, monkeypatch):
+    class Other(torch.Tensor):
+        pass
+
+    layer, x = make_layer(torch.float32, device), torch.randn(3, 24, device=device)
+    want, _ = run(layer, x)
+    called = []
+    op = torch.ops.flash_moe.layer_inference
+    monkeypatch.setattr(torch.ops.flash_moe, "layer_inference", lambda *arguments: called.append(1) or op(*arguments))
+    assert torch.equal(run(layer, x)[0], want)
+    assert not called
+    assert torch.equal(run(layer, x.as_subclass(Other))[0], want)
+    assert called
 
 
 @pytest.mark.gpu

@@ -195,9 +195,9 @@ class FlashMoE(nn.Module):
             x = x.masked_fill(~token_mask[:, None], 0.0)
         if self._is_plain_inference(x, token_mask):
             y, router_logits = self._infer(x, weights)
-        else:
-            router_logits = self._router_logits(x, token_mask)
-            y = self._mixture(x, router_logits, weights, token_mask)
+            return y.view(hidden_states.shape), router_logits
+        router_logits = self._router_logits(x, token_mask)
+        y = self._mixture(x, router_logits, weights, token_mask)
         # No view of a tensor that nobody else has: an in-place operation on one would lose FSDP2's backward hook.
         return torch.ops.aten._unsafe_view(y, hidden_states.shape), router_logits
 

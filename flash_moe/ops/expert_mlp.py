@@ -84,14 +84,14 @@ def _forward_fake(
     return (
         torch.empty_like(hidden_states),
         torch.empty_like(routing_weights, dtype=torch.float32),
-        *(hidden_states.new_empty(shape) for _ in range(3)),
+        *(hidden_states.new_empty(shape) for _ in range(2)),
     )
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     from flash_moe.ops._triton import expert_mlp as kernels
 
-    grad_out, tensors, options = arguments[0], arguments[1:13], arguments[13:]
+    grad_out, tensors, options = arguments[0], arguments[1:12], arguments[12:]
     return kernels.expert_mlp_backward(grad_out, tensors[:5], tensors[5:8], tensors[8:], *options)
 
 
@@ -129,15 +129,15 @@ _TENSORS = (
     "Tensor gate_proj, Tensor up_proj, Tensor down_proj"
 )
 register_op(
-    f"expert_mlp({_TENSORS}, str hidden_act, bool sparse_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"expert_mlp({_TENSORS}, str hidden_act, bool sparse_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     backward=_backward_formula,
     setup_context=_setup_context,
 )
 register_op(
-    f"expert_mlp_backward(Tensor grad_out, {_TENSORS}, Tensor pre_activations, Tensor gate, Tensor up, Tensor "
-    "activated, str hidden_act, bool sparse_grad, bool wants_tables, bool wants_dense) -> "
+    f"expert_mlp_backward(Tensor grad_out, {_TENSORS}, Tensor pre_activations, Tensor gate, Tensor up, "
+    "str hidden_act, bool sparse_grad, bool wants_tables, bool wants_dense) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

@@ -11,6 +11,8 @@ from torch import Tensor
 from flash_moe.ops._register import register_op
 from flash_moe.ops.expert_mlp import DenseWeights
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def layer_inference(
     hidden_states: Tensor,
@@ -37,10 +39,13 @@ def layer_inference(
     """
     mean, variance, eps = statistics
     tensors = (hidden_states, router_gate, mean, variance, down_weights, up_weights, *dense_weights)
-    out, logits, indices = torch.ops.flash_moe.layer_inference(
-        *(x.contiguous() for x in tensors), eps, num_experts_per_tok, norm_topk_prob, hidden_act
+    # Of plain tensors nobody needs to see an op, which costs the host 6 us.
+    is_plain = all(type(x) in _PLAIN for x in tensors)
+    out, logits, indices = (_forward if is_plain else torch.ops.flash_moe.layer_inference)(
+        *[x.contiguous() for x in tensors], eps, num_experts_per_tok, norm_topk_prob, hidden_act
     )
-    return out, logits.view(len(logits), 2, -1).transpose(0, 1), indices
+    T, C = logits.shape
+    return out, logits.as_strided((2, T, C // 2), (C // 2, C, 1)), indices
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

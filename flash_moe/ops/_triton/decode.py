@@ -49,6 +49,8 @@ class Config(NamedTuple):
     num_warps: int = 4
     programs: int = 2
     """At most, on a multiprocessor."""
+    prefetch: bool = True
+    """Bring a tile's down weights into the L2 cache while it waits."""
     schedulers: int = 1
     batch: int = 2**20
     """Tasks that a scheduler hands out at once, at most."""
@@ -71,10 +73,20 @@ def tiles_of(sizes: Sizes, config: Config, G: int) -> Tiles:
         select_tokens=1,
         gate_up_columns=config.gate_up_rows,
         down_columns=config.down_rows,
-        combine_tokens=8,
-        combine_columns=max(config.down_rows, 64),
+        combine_tokens=_combine_tokens(sizes, config, G),
+        combine_columns=_combine_columns(config),
         lead=max(1, -(-2 * G // -(-sizes.I // config.gate_up_rows))),
     )
+
+
+def _combine_columns(config: Config) -> int:
+    return max(config.down_rows, 64)
+
+
+def _combine_tokens(sizes: Sizes, config: Config, G: int) -> int:
+    """So that most programs combine something at the end."""
+    columns = triton.cdiv(sizes.H, _combine_columns(config))
+    return min(8, triton.next_power_of_2(max(1, sizes.T * columns // G)))
 
 
 class State(NamedTuple):
@@ -123,8 +135,8 @@ class _Call(NamedTuple):
         """Pairs and weights begin as numbers in range: a program that gave up waiting must not write astray."""
         T, E, block_e = self.sizes.T, self.sizes.E, triton.next_power_of_2(self.sizes.E)
         words = {
-            "counters": (self.num_counters * LINE.value,), "flag": (1,), "takers": (E * triton.cdiv(T, 32),),
-            "pairs": (T, E), "weights": (T * (E + 1),), "keys": (self.G, 2, block_e), "slots": (self.G, E),
+            "counters": (self.num_counters * LINE.value,), "flag": (1,), "takers": (E,), "pairs": (T, E),
+            "weights": (T * (E + 1),), "keys": (self.G, 2, block_e), "slots": (self.G, E),
             "ready": (self.num_places,), "doorbells": (self.G * LINE.value,), "busy": (self.G,),
         }  # fmt: skip
         tensors = [
@@ -263,7 +275,7 @@ def _launch(
     call: _Call, x: Tensor, layer: MoELayer, policy: str, logits: Tensor, out: Tensor, records: Tensor | None = None
 ) -> None:
     sizes, config, routing = call.sizes, call.config, layer.routing
-    constants = kernel_constants(sizes, config, layer, _policy_of(x, policy), is_traced=records is not None)
+    constants = kernel_constants(sizes, config, layer, _policy_of(x, policy), call.G, is_traced=records is not None)
     state, (activated, products) = _scratches.get(call)
     schedule, *arrays = plan(call)
     shared = layer.shared or (None, None, None, None)
@@ -303,14 +315,13 @@ def _num_programs(device: torch.device, config: Config) -> int:
 
 
 def kernel_constants(
-    sizes: Sizes, config: Config, layer: MoELayer, policy: str, *, is_traced: bool
+    sizes: Sizes, config: Config, layer: MoELayer, policy: str, G: int, *, is_traced: bool
 ) -> dict[str, int | str | bool]:
     routing, block_e = layer.routing, triton.next_power_of_2(sizes.E)
     block_t = max(16, triton.next_power_of_2(sizes.T))
-    tiles = tiles_of(sizes, config, 1)
-    words = triton.cdiv(sizes.T, 32)
+    tiles = tiles_of(sizes, config, G)
     route_tokens = min(tiles.route_tokens, triton.next_power_of_2(sizes.T)) if tiles.route_experts == 1 else 16
-    route_h = 2048 // route_tokens if tiles.route_experts == 1 else 128
+    route_h = 4096 // route_tokens if tiles.route_experts == 1 else 512 // (sizes.itemsize // 2)
     return {
         "H": sizes.H, "I": sizes.I, "SHARED_I": sizes.shared_intermediate_size, "E": sizes.E, "K": sizes.K,
         "SCORING": routing.scoring,
@@ -323,24 +334,23 @@ def kernel_constants(
         "DOWN_SCALE": _scale_kind(layer.down_scale),
         "HAS_SHARED_GATE": layer.shared is not None and layer.shared.gate is not None,
         "POLICY": policy,
+        "PREFETCH": config.prefetch and not INTERPRETED,
         "TRACE": is_traced,
         "SCHEDULERS": config.schedulers,
         "BATCH": config.batch,
         "BLOCK_T": block_t,
-        "WORDS": words,
         "ROUTE_EXPERTS": tiles.route_experts,
         "ROUTE_TOKENS": route_tokens,
         "ROUTE_H": min(route_h, max(16, triton.next_power_of_2(sizes.H))),
         "GATE_UP_ROWS": config.gate_up_rows,
         "DOWN_ROWS": config.down_rows,
-        "COMBINE_COLUMNS": max(config.down_rows, 64),
-        "COMBINE_TOKENS": 8,
+        "COMBINE_COLUMNS": tiles.combine_columns,
+        "COMBINE_TOKENS": tiles.combine_tokens,
         "BLOCK_H": min(config.block_h, max(16, triton.next_power_of_2(sizes.H))),
         "BLOCK_I": min(config.block_i, max(16, triton.next_power_of_2(max(sizes.I, sizes.shared_intermediate_size)))),
         "STAGES": config.stages,
         "BLOCK_E": block_e,
         "RANK_BLOCK": max(1, min(block_e, RANK_COMPARISONS // block_e)),
-        "BLOCK_TAKERS": triton.next_power_of_2(sizes.E * words),
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from flash_moe.ops._triton.counters import LINE, arrive, wait
 from flash_moe.ops._triton.decode_actor import STOP, WORDS_OF_TASK, push_released, push_stop, receive, run_scheduler
 from flash_moe.ops._triton.decode_experts import combine, down, gate_up
 from flash_moe.ops._triton.decode_records import DOORBELL, now, record
-from flash_moe.ops._triton.decode_routing import find_slots, num_takers, route, select, takers_of
+from flash_moe.ops._triton.decode_routing import find_slots, pairs_of, route, select
 from flash_moe.schedule.decode import FINISHED, SELECTED
 from flash_moe.schedule.tasks import SHARED, Kind
 
@@ -142,12 +142,12 @@ def decode_kernel(
     DOWN_SCALE: tl.constexpr,
     HAS_SHARED_GATE: tl.constexpr,
     POLICY: tl.constexpr,
+    PREFETCH: tl.constexpr,
     TRACE: tl.constexpr,
     SCHEDULERS: tl.constexpr,
     BATCH: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    WORDS: tl.constexpr,
     NUM_COUNTERS: tl.constexpr,
     ROUTE_EXPERTS: tl.constexpr,
     ROUTE_TOKENS: tl.constexpr,
@@ -162,7 +162,6 @@ def decode_kernel(
     BLOCK_E: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
     BLOCK_COUNTERS: tl.constexpr,
-    BLOCK_TAKERS: tl.constexpr,
 ):
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     keys_ptr += program * (2 * BLOCK_E)
@@ -195,7 +194,7 @@ def decode_kernel(
                 start = now(TRACE)
                 polls_left = wait(counters_ptr + ALL_SELECTED * LINE, num_selects, polls_left)
                 events = record(trace_ptr, events, max_events, NUM_OWN - 1 - ALL_SELECTED, start, TRACE)
-                hits = find_slots(takers_ptr, slots_ptr, E, WORDS, BLOCK_E)
+                hits = find_slots(takers_ptr, slots_ptr, E, BLOCK_E)
                 live = num_head + hits * (gate_up_tiles + down_tiles) + num_tail
             if POLICY == "queue":
                 following = tl.atomic_add(counters_ptr + TICKET * LINE, 1, sem="relaxed")
@@ -209,12 +208,16 @@ def decode_kernel(
             counter, signals = tl.load(task_ptr + 6), tl.load(task_ptr + 9)
             if POLICY == "actor":
                 if (slot >= 0) & (hits < 0):
-                    hits = find_slots(takers_ptr, slots_ptr, E, WORDS, BLOCK_E)
+                    hits = find_slots(takers_ptr, slots_ptr, E, BLOCK_E)
             elif (kind == IS_SELECT) | (kind == IS_DOWN) | (kind == IS_COMBINE):
                 fixed, per_hit = tl.load(task_ptr + 7), tl.load(task_ptr + 8)
                 start = now(TRACE)
                 required = fixed + per_hit * tl.maximum(hits, 0)
-                polls_left = wait(counters_ptr + (NUM_OWN + counter) * LINE, required, polls_left)
+                counter_ptr = counters_ptr + (NUM_OWN + counter) * LINE
+                if PREFETCH and kind == IS_DOWN:
+                    if tl.atomic_add(counter_ptr, 0, sem="relaxed") < required:
+                        _prefetch_down(down_ptr, slots_ptr, slot, begin, end, H, I, DOWN_ROWS)
+                polls_left = wait(counter_ptr, required, polls_left)
                 events = record(trace_ptr, events, max_events, -1 - counter, start, TRACE)
             start = now(TRACE)
             if kind == IS_ROUTE:
@@ -222,8 +225,8 @@ def decode_kernel(
                       ROUTE_TOKENS, ROUTE_H)  # fmt: skip
             elif kind == IS_SELECT:
                 for token in range(first_token, end_token):
-                    select(logits_ptr, bias_ptr, keys_ptr, pairs_ptr, weights_ptr, takers_ptr, token, factor, E, K,
-                           WORDS, SCORING, HAS_BIAS, NORM, GROUPS, BEST_GROUPS, BLOCK_E, RANK_BLOCK)  # fmt: skip
+                    select(logits_ptr, bias_ptr, keys_ptr, pairs_ptr, weights_ptr, takers_ptr, token, T, factor, E, K,
+                           BLOCK_T > FEW, SCORING, HAS_BIAS, NORM, GROUPS, BEST_GROUPS, BLOCK_E, RANK_BLOCK)  # fmt: skip
                     if SHARED_I > 0:
                         _weigh_shared(x_ptr, shared_expert_gate_ptr, weights_ptr + T * E, token, H, HAS_SHARED_GATE,
                                       ROUTE_H)  # fmt: skip
@@ -236,32 +239,32 @@ def decode_kernel(
                                     shared_row, ACTIVATED_STRIDE, H, HIDDEN_ACT, GATE_UP_ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
                 else:
                     _routed_gate_up(x_ptr, gate_up_ptr, gate_up_scale_ptr, activated_ptr, takers_ptr, pairs_ptr,
-                                    slots_ptr, slot, T, begin, end, ACTIVATED_STRIDE, H, I, E, K, HIDDEN_ACT,
-                                    GATE_UP_SCALE, GATE_UP_ROWS, WORDS, BLOCK_T, BLOCK_H, STAGES)  # fmt: skip
+                                    weights_ptr, slots_ptr, slot, T, begin, end, ACTIVATED_STRIDE, H, I, E, K,
+                                    HIDDEN_ACT, GATE_UP_SCALE, GATE_UP_ROWS, BLOCK_T, BLOCK_H, STAGES)  # fmt: skip
             else:
                 if SHARED_I > 0 and slot == SHARED_SLOT:
                     _shared_down(shared_down_ptr, activated_ptr, products_ptr, begin, end, T, shared_row, K, ACTIVATED_STRIDE,
                                  PRODUCT_STRIDE, SHARED_I, DOWN_ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
                 else:
-                    _routed_down(down_ptr, down_scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr,
-                                 pairs_ptr, slots_ptr, slot, T, begin, end, ACTIVATED_STRIDE, PRODUCT_STRIDE, H, I, E, K,
-                                 DOWN_SCALE, DOWN_ROWS, WORDS, BLOCK_T, BLOCK_I, STAGES)  # fmt: skip
+                    _routed_down(down_ptr, down_scale_ptr, activated_ptr, products_ptr, takers_ptr, pairs_ptr,
+                                 weights_ptr, slots_ptr, slot, T, begin, end, ACTIVATED_STRIDE, PRODUCT_STRIDE, H, I,
+                                 E, K, DOWN_SCALE, DOWN_ROWS, BLOCK_T, BLOCK_I, STAGES)  # fmt: skip
             if POLICY == "actor":
                 hits = _finish(signals, hits, num_selects, counters_ptr, takers_ptr, slots_ptr, tasks_ptr, totals_ptr,
-                               offsets_ptr, released_ptr, ready_ptr, SCHEDULERS, E, WORDS, BLOCK_E)  # fmt: skip
+                               offsets_ptr, released_ptr, ready_ptr, SCHEDULERS, E, BLOCK_E)  # fmt: skip
                 tl.atomic_xchg(busy_ptr + program, 0, sem="release")
             else:
                 arrive(counters_ptr + (NUM_OWN + signals) * LINE)
             events = record(trace_ptr, events, max_events, index, start, TRACE)
         n = following
-    _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, NUM_COUNTERS, BLOCK_COUNTERS, E * WORDS, BLOCK_TAKERS,
+    _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, NUM_COUNTERS, BLOCK_COUNTERS, E, BLOCK_E,
            ready_ptr, doorbells_ptr, busy_ptr, num_places, POLICY, BLOCK_G)  # fmt: skip
 
 
 @triton.jit
 def _finish(
     counter, hits, num_selects, counters_ptr, takers_ptr, slots_ptr, tasks_ptr, totals_ptr, offsets_ptr, released_ptr,
-    ready_ptr, SCHEDULERS: tl.constexpr, E: tl.constexpr, WORDS: tl.constexpr, BLOCK_E: tl.constexpr,
+    ready_ptr, SCHEDULERS: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Count a task as done; the last of a fan-in pushes what waited for it. Gives the slots hit, -1 for unknown."""
     fixed, per_hit = tl.load(totals_ptr + counter * 2), tl.load(totals_ptr + counter * 2 + 1)
@@ -273,7 +276,7 @@ def _finish(
     elif is_routed:
         is_routed = old + 1 == fixed
     if is_routed & (hits < 0):
-        hits = find_slots(takers_ptr, slots_ptr, E, WORDS, BLOCK_E)
+        hits = find_slots(takers_ptr, slots_ptr, E, BLOCK_E)
     if (old + 1 == fixed + per_hit * tl.maximum(hits, 0)) & ((per_hit == 0) | (hits >= 0)):
         if counter == ALL_DONE:
             push_stop(ready_ptr, counters_ptr + READY * LINE, SCHEDULERS)
@@ -298,86 +301,66 @@ def _weigh_shared(x_ptr, gate_ptr, weights_ptr, token, H: tl.constexpr, HAS_GATE
 
 @triton.jit
 def _routed_gate_up(
-    x_ptr, gate_up_ptr, scale_ptr, activated_ptr, takers_ptr, pairs_ptr, slots_ptr, slot, T, begin, end, STRIDE,
-    H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, HIDDEN_ACT: tl.constexpr, SCALE: tl.constexpr,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, gate_up_ptr, scale_ptr, activated_ptr, takers_ptr, pairs_ptr, weights_ptr, slots_ptr, slot, T, begin, end,
+    STRIDE, H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, HIDDEN_ACT: tl.constexpr,
+    SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     e = tl.load(slots_ptr + slot)
-    if (BLOCK_T <= FEW) or (num_takers(takers_ptr, e, WORDS, BLOCK_T) <= FEW):
-        _gate_up_of(x_ptr, gate_up_ptr, scale_ptr, activated_ptr, takers_ptr, pairs_ptr, e, slot, T, begin, end, STRIDE, H, I,
-                    E, K, HIDDEN_ACT, SCALE, ROWS, FEW, WORDS, BLOCK_T, BLOCK_H, STAGES)  # fmt: skip
-    else:
-        _gate_up_of(x_ptr, gate_up_ptr, scale_ptr, activated_ptr, takers_ptr, pairs_ptr, e, slot, T, begin, end, STRIDE, H, I,
-                    E, K, HIDDEN_ACT, SCALE, ROWS, BLOCK_T, WORDS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
-
-
-@triton.jit
-def _rows_of(takers_ptr, pairs_ptr, e, slot, T, E: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
-             WORDS: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
-    """Tokens of a tile, where their activated rows are, and which there are.
-
-    Few tokens are all taken along, whether they take the expert or not: then nothing is looked up before weights are
-    loaded.
-    """
-    if BLOCK_T <= FEW:
-        tokens = tl.arange(0, N)
-        rows, is_token = slot * T + tokens, tokens < T
-    else:
-        tokens, is_token = takers_of(takers_ptr, e, N, WORDS, BLOCK_T)
-        rows = tokens * K + tl.load(pairs_ptr + tokens * E + e, mask=is_token, other=0, cache_modifier=".cg")
-    return tokens, rows, is_token
-
-
-@triton.jit
-def _gate_up_of(
-    x_ptr, gate_up_ptr, scale_ptr, activated_ptr, takers_ptr, pairs_ptr, e, slot, T, begin, end, STRIDE,
-    H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, HIDDEN_ACT: tl.constexpr, SCALE: tl.constexpr,
-    ROWS: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    gate_ptr = gate_up_ptr + e.to(tl.int64) * (2 * I * H)
+    gate_up_ptr += e.to(tl.int64) * (2 * I * H)
     if SCALE != "none":
         scale_ptr += e * _num_scales(2 * I, H, SCALE)
-    tokens, rows, is_token = _rows_of(takers_ptr, pairs_ptr, e, slot, T, E, K, N, WORDS, BLOCK_T)
-    gate_up(x_ptr, gate_ptr, gate_ptr + I * H, scale_ptr, activated_ptr, begin, end, tokens, rows, is_token, I,
-            STRIDE, H, HIDDEN_ACT, SCALE, ROWS, N, BLOCK_H, STAGES)  # fmt: skip
+    if BLOCK_T <= FEW:
+        t = tl.arange(0, FEW)
+        gate_up(x_ptr, gate_up_ptr, gate_up_ptr + I * H, scale_ptr, activated_ptr, begin, end, t, slot * T + t, t < T,
+                I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, FEW, BLOCK_H, STAGES)  # fmt: skip
+    elif tl.load(takers_ptr + e, cache_modifier=".cg") <= FEW:
+        tokens, pairs, weights, is_token = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, FEW, True)
+        gate_up(x_ptr, gate_up_ptr, gate_up_ptr + I * H, scale_ptr, activated_ptr, begin, end, tokens, pairs, is_token,
+                I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, FEW, BLOCK_H, STAGES)  # fmt: skip
+    else:
+        many, many_pairs, many_weights, is_one = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, BLOCK_T, True)
+        gate_up(x_ptr, gate_up_ptr, gate_up_ptr + I * H, scale_ptr, activated_ptr, begin, end, many, many_pairs, is_one,
+                I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
 
 
 @triton.jit
 def _routed_down(
-    down_ptr, scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr, pairs_ptr, slots_ptr, slot, T, begin, end,
-    STRIDE, PRODUCT_STRIDE, H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
+    down_ptr, scale_ptr, activated_ptr, products_ptr, takers_ptr, pairs_ptr, weights_ptr, slots_ptr, slot, T, begin,
+    end, STRIDE, PRODUCT_STRIDE, H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
+    SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     e = tl.load(slots_ptr + slot)
-    if (BLOCK_T <= FEW) or (num_takers(takers_ptr, e, WORDS, BLOCK_T) <= FEW):
-        _down_of(down_ptr, scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr, pairs_ptr, e, slot, T, begin, end,
-                 STRIDE, PRODUCT_STRIDE, H, I, E, K, SCALE, ROWS, FEW, WORDS, BLOCK_T, BLOCK_I, STAGES)  # fmt: skip
-    else:
-        _down_of(down_ptr, scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr, pairs_ptr, e, slot, T, begin, end,
-                 STRIDE, PRODUCT_STRIDE, H, I, E, K, SCALE, ROWS, BLOCK_T, WORDS, BLOCK_T, MANY_BLOCK,
-                 MANY_STAGES)  # fmt: skip
-
-
-@triton.jit
-def _down_of(
-    down_ptr, scale_ptr, activated_ptr, products_ptr, weights_ptr, takers_ptr, pairs_ptr, e, slot, T, begin, end,
-    STRIDE, PRODUCT_STRIDE, H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, SCALE: tl.constexpr,
-    ROWS: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
     down_ptr += e.to(tl.int64) * (H * I)
     if SCALE != "none":
         scale_ptr += e * _num_scales(H, I, SCALE)
-    tokens, rows, is_token = _rows_of(takers_ptr, pairs_ptr, e, slot, T, E, K, N, WORDS, BLOCK_T)
-    # Nothing here waits for another load, and none of it is needed before the products are there.
-    at = tokens * E + e
-    pairs = tokens * K + tl.load(pairs_ptr + at, mask=is_token, other=0, cache_modifier=".cg")
-    weights = tl.load(weights_ptr + at, mask=is_token, other=0.0, cache_modifier=".cg")
-    words = tl.load(takers_ptr + e * WORDS + tokens // 32, mask=is_token, other=0, cache_modifier=".cg")
-    down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, rows, is_token, pairs,
-         is_token & ((words >> (tokens % 32)) & 1 != 0), weights, STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, N, BLOCK_I,
-         STAGES)  # fmt: skip
+    if BLOCK_T <= FEW:
+        # All tokens are taken along, so that nothing is looked up before the weights are on their way.
+        t, pairs, weights, is_pair = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, FEW, False)
+        down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, slot * T + t, t < T, pairs, is_pair, weights,
+             STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, FEW, BLOCK_I, STAGES)  # fmt: skip
+    elif tl.load(takers_ptr + e, cache_modifier=".cg") <= FEW:
+        tokens, pairs, weights, is_pair = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, FEW, True)
+        down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, pairs, is_pair, pairs, is_pair, weights,
+             STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, FEW, BLOCK_I, STAGES)  # fmt: skip
+    else:
+        many_tokens, many, many_weights, is_one = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, BLOCK_T, True)
+        down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, many, is_one, many, is_one, many_weights,
+             STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
+
+
+@triton.jit
+def _prefetch_down(down_ptr, slots_ptr, slot, begin, end, H: tl.constexpr, I: tl.constexpr, ROWS: tl.constexpr):
+    """Ask for a tile's weights, into the L2 cache: they are known before what they are multiplied with."""
+    if slot >= 0:
+        e = tl.load(slots_ptr + slot).to(tl.int64)
+        PER_LINE: tl.constexpr = 1024 // down_ptr.dtype.element_ty.primitive_bitwidth
+        LINES: tl.constexpr = triton.next_power_of_2((I + PER_LINE - 1) // PER_LINE)
+        row = tl.minimum(begin + tl.arange(0, ROWS), end - 1)
+        column = tl.minimum(tl.arange(0, LINES) * PER_LINE, I - 1)
+        at = down_ptr + e * (H * I) + (row * I)[:, None] + column[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """Routing in the kernel of flash_decode: logits, the choice of K experts a token, and who was chosen by whom.
 
-T tokens, H hidden size, E experts, K experts a token. Which experts a token takes is told twice: ``pairs [T, E]`` has,
-where expert e is taken, its place k among the token's experts in ascending order of ids, and ``takers [E, WORDS]`` has
-a bit for each token. ``weights [T, E]`` are set where ``pairs`` are.
+T tokens, H hidden size, E experts, K experts a token. Pair t * K + k is the k-th best expert of token t. What is known
+of the pairs stands in ``pairs`` and ``weights``, T * E of each: of few tokens, pair (t, e) at t * E + e, and
+``takers [E]`` has a bit for each token; of many, the pairs of expert e begin at e * T, in any order, and ``takers[e]``
+is their number. No sum depends on that order.
 """
 
 import triton
@@ -137,10 +138,11 @@ def select(
     weights_ptr,
     takers_ptr,
     token,
+    T,
     factor,
     E: tl.constexpr,
     K: tl.constexpr,
-    WORDS: tl.constexpr,
+    IS_LISTED: tl.constexpr,
     SCORING: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NORM: tl.constexpr,
@@ -167,50 +169,47 @@ def select(
     keys = tl.where(e < E, _key(ranked), SMALLEST_KEY)
     if GROUPS > 1:
         keys = _keep_best_groups(keys, biased, e, keys_ptr, E, GROUPS, BEST_GROUPS, BLOCK_E, RANK_BLOCK)
-    chosen = (_ranks(keys, e, keys_ptr, BLOCK_E, RANK_BLOCK) < K) & (e < E)
+    ranks = _ranks(keys, e, keys_ptr, BLOCK_E, RANK_BLOCK)
+    chosen = (ranks < K) & (e < E)
     if NORM and SCORING == "softmax":
-        weights = tl.where(chosen, accurate_exp(logits - tl.max(tl.where(chosen, logits, NO_LOGIT), 0)), 0.0)
+        best = largest if not (HAS_BIAS or GROUPS > 1) else tl.max(tl.where(chosen, logits, NO_LOGIT), 0)
+        weights = tl.where(chosen, accurate_exp(logits - best), 0.0)
         weights = weights / tl.sum(weights, 0)
     else:
         weights = tl.where(chosen, _score(logits, largest, total, SCORING), 0.0)
         if NORM:
             weights = weights / (tl.sum(weights, 0) + TINY_SUM)
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(pairs_ptr + token * E + e, place, mask=chosen)
-    tl.store(weights_ptr + token * E + e, weights * factor, mask=chosen)
-    bit = (tl.zeros([BLOCK_E], tl.int32) + 1) << (token % 32)
-    tl.atomic_or(takers_ptr + e * WORDS + token // 32, bit, mask=chosen, sem="relaxed")
+    if IS_LISTED:
+        at = e * T + tl.atomic_add(takers_ptr + e, 1, mask=chosen, sem="relaxed")
+    else:
+        at = token * E + e
+        bit = (tl.zeros([BLOCK_E], tl.int32) + 1) << token
+        tl.atomic_or(takers_ptr + e, bit, mask=chosen, sem="relaxed")
+    tl.store(pairs_ptr + at, token * K + ranks, mask=chosen)
+    tl.store(weights_ptr + at, weights * factor, mask=chosen)
 
 
 @triton.jit
-def find_slots(takers_ptr, slots_ptr, E: tl.constexpr, WORDS: tl.constexpr, BLOCK_E: tl.constexpr):
+def find_slots(takers_ptr, slots_ptr, E: tl.constexpr, BLOCK_E: tl.constexpr):
     """Writes each slot's expert into memory of the program's own; the number of slots hit."""
     e = tl.arange(0, BLOCK_E)
-    taken = tl.zeros([BLOCK_E], tl.int32)
-    for word in tl.static_range(WORDS):
-        taken |= tl.load(takers_ptr + e * WORDS + word, mask=e < E, other=0, cache_modifier=".cg")
-    is_hit = (taken != 0).to(tl.int32)
-    tl.store(slots_ptr + tl.cumsum(is_hit, 0) - 1, e, mask=taken != 0)
+    # Past the L1 cache, as all that other programs write.
+    is_hit = tl.load(takers_ptr + e, mask=e < E, other=0, cache_modifier=".cg") != 0
+    slot = tl.cumsum(is_hit.to(tl.int32), 0) - 1
+    tl.store(slots_ptr + slot, e, mask=is_hit)
     tl.debug_barrier()  # all of it is there before any thread reads
-    return tl.sum(is_hit, 0)
+    return tl.max(slot, 0) + 1
 
 
 @triton.jit
-def _taken_so_far(takers_ptr, e, WORDS: tl.constexpr, BLOCK_T: tl.constexpr):
-    t = tl.arange(0, BLOCK_T)
-    words = tl.load(takers_ptr + e * WORDS + t // 32, mask=t < WORDS * 32, other=0, cache_modifier=".cg")
-    return tl.cumsum((words >> (t % 32)) & 1, 0)
-
-
-@triton.jit
-def num_takers(takers_ptr, e, WORDS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """How many tokens take expert e."""
-    return tl.max(_taken_so_far(takers_ptr, e, WORDS, BLOCK_T), 0)
-
-
-@triton.jit
-def takers_of(takers_ptr, e, N: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """``[N]``: the tokens of expert e in ascending order, and whether there is one."""
-    so_far = _taken_so_far(takers_ptr, e, WORDS, BLOCK_T)
+def pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+             IS_LISTED: tl.constexpr):  # fmt: skip
+    """``[N]``: tokens of expert e, their pairs and weights, and which of them there are. No load waits for another."""
     n = tl.arange(0, N)
-    return tl.sum((so_far[:, None] <= n[None, :]).to(tl.int32), 0), n < tl.max(so_far, 0)
+    takers = tl.load(takers_ptr + e, cache_modifier=".cg")
+    at = e * T + n if IS_LISTED else n * E + e
+    pairs = tl.load(pairs_ptr + at, mask=n < T, other=0, cache_modifier=".cg")
+    weights = tl.load(weights_ptr + at, mask=n < T, other=0.0, cache_modifier=".cg")
+    if IS_LISTED:
+        return pairs // K, pairs, weights, n < takers
+    return n, pairs, weights, (takers >> n) & 1 != 0

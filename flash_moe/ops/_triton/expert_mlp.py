@@ -25,8 +25,8 @@ Experts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Tokens, down and up table, indices and routing weights."""
 Dense = tuple[Tensor, Tensor, Tensor]
 """``gate_proj``, ``up_proj`` and ``down_proj``."""
-Saved = tuple[Tensor, Tensor, Tensor, Tensor]
-"""The experts' pre-activations ``[T, K]``; gate, up and their gated product, ``[T, I]``."""
+Saved = tuple[Tensor, Tensor, Tensor]
+"""The experts' pre-activations ``[T, K]``; gate and up, ``[T, I]``. Their gated product is cheaper to make again."""
 
 
 # Eager calls on fewer tokens wait for the host, to which another stream costs some 50 us, and a graph nothing.
@@ -60,6 +60,15 @@ class SideStream:
         """A point for ``join`` to wait for, in place of all that the stream has been given."""
         return None if self._current is None else self._side.record_event()
 
+    def current_mark(self) -> torch.cuda.Event | None:
+        """The same of the current stream, for ``follow``."""
+        return None if self._current is None else self._current.record_event()
+
+    def follow(self, mark: torch.cuda.Event | None) -> None:
+        """What comes now waits for the current stream at that point."""
+        if mark is not None:
+            self._side.wait_event(mark)
+
     def join(self, mark: torch.cuda.Event | None = None) -> None:
         if self._current is not None:
             self._current.wait_event(mark or self._side.record_event())
@@ -83,7 +92,7 @@ def expert_mlp_forward(experts: Experts, dense: Dense, hidden_act: str) -> tuple
     out, pre_activations = expert_forward(*experts, hidden_act)
     beside.join()
     out.addmm_(activated, down_proj.t())
-    return out, (pre_activations, gate, up, activated)
+    return out, (pre_activations, gate, up)
 
 
 def expert_mlp_backward(
@@ -110,6 +119,7 @@ def expert_mlp_backward(
             groups = (group_for_rows if sparse_grad else group_for_tables)(x, indices, num_experts)
         grouped = beside.mark()
     dx, dweights, ds, coefficients = expert_backward_tokens(grad_out, *experts, pre_activations, hidden_act)
+    has_dx = beside.current_mark()
     ids, tables = indices.new_empty(0, dtype=torch.int64), (x.new_empty(0), x.new_empty(0))
     beside.join(grouped)
     pairs = (grad_out, x, indices, ds, coefficients, num_experts, groups)
@@ -117,24 +127,32 @@ def expert_mlp_backward(
         ids, *tables = expert_backward_rows(*pairs)
     elif wants_tables:
         tables = expert_backward_tables(*pairs)
+    del pairs, ds, coefficients  # not the groups: they are the other stream's, which would use their memory at once
     with beside:  # asked for last, so that what the experts needed is free again where all is in line
-        dgate, dup, dense_grads = _dense_backward(grad_out, x, dense, dense_saved, hidden_act, wants_dense)
+        dgate, dup, ddown_proj = _gated_backward(grad_out, dense[2], dense_saved, hidden_act, wants_dense)
+        beside.follow(has_dx)
+        dgate_proj = _product_backward(dgate, x, dense[0], wants_dense, dx)
+        del dgate
+        dup_proj = _product_backward(dup, x, dense[1], wants_dense, dx)
     beside.join()
-    gate_proj, up_proj, _ = dense
-    dx.addmm_(dgate, gate_proj)
-    dx.addmm_(dup, up_proj)
-    return dx, dweights, ids, *tables, *dense_grads
+    return dx, dweights, ids, *tables, dgate_proj, dup_proj, ddown_proj
 
 
-def _dense_backward(
-    grad_out: Tensor, x: Tensor, dense: Dense, saved: Sequence[Tensor], hidden_act: str, wants_dense: bool
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """``dgate`` and ``dup [T, I]``, and the three weights' gradients, empty unless wanted."""
-    gate, up, activated = saved
-    grads = tuple(torch.empty_like(each) if wants_dense else each.new_empty(0) for each in dense)
-    dactivated, dup = torch.mm(grad_out, dense[2]), torch.empty_like(up)
-    dgate, dup = gated_activation_backward(dactivated, gate, up, hidden_act, out=(dactivated, dup))
+def _gated_backward(
+    grad_out: Tensor, down_proj: Tensor, saved: Sequence[Tensor], hidden_act: str, wants_dense: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dgate`` and ``dup [T, I]``, and the gradient of ``down_proj``, empty unless wanted."""
+    gate, up = saved
+    # Two buffers of ``[T, I]`` in all: one for the gated product, then what comes back to it, then dgate; one for dup.
+    buffer, ddown_proj = torch.empty_like(gate), down_proj.new_empty(0)
     if wants_dense:
-        for out, rows, columns in zip(grads, (dgate, dup, grad_out), (x, x, activated), strict=True):
-            torch.mm(rows.t(), columns, out=out)
-    return dgate, dup, grads
+        ddown_proj = torch.mm(grad_out.t(), gated_activation_forward(gate, up, hidden_act, out=buffer))
+    torch.mm(grad_out, down_proj, out=buffer)
+    dgate, dup = gated_activation_backward(buffer, gate, up, hidden_act, out=(buffer, torch.empty_like(up)))
+    return dgate, dup, ddown_proj
+
+
+def _product_backward(grad: Tensor, x: Tensor, weight: Tensor, wants_dense: bool, dx: Tensor) -> Tensor:
+    """The weight's gradient, empty unless wanted; that of x is added to ``dx``."""
+    dx.addmm_(grad, weight)
+    return torch.mm(grad.t(), x) if wants_dense else weight.new_empty(0)

@@ -20,8 +20,6 @@ from flash_moe.ops._triton.math import round_for
 # A tile of H / 16 pairs keeps the float32 sums of tiles at 32 numbers a pair; a group of twice the mean is not hot.
 MIN_HOT_TILE = 64
 TILE_UNROLL = tl.constexpr(2)
-# Groups of more than this share of a tile start before the shorter.
-WARM_SHARE = 2
 
 
 @triton.jit
@@ -40,18 +38,13 @@ def _expert_sums_kernel(
     H,
     K,
     num_tiles,
-    num_warm,
     FIRST: tl.constexpr,
     HOT_TILE: tl.constexpr,
-    WARM: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Of hot groups' tiles, the first ``num_tiles`` programs; ddown[g] and dup[g] of the rest by one program each.
-
-    Of these, groups of more than WARM pairs come first, so that no long one is left at the end. For them there are
-    ``num_warm`` programs, one for every WARM pairs: the first of a group's takes it.
+    """Of a hot group's tiles, the first ``num_tiles`` programs; ddown[g] and dup[g] of the rest by one program each.
 
     A tile's sum is over the pairs of its first pair's group: those in the tile, and those before it where no other
     tile begins within the group. The last tile to arrive adds up all of its group. Tiles come first: they take longest.
@@ -59,16 +52,12 @@ def _expert_sums_kernel(
     program = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     is_tile = program < num_tiles
-    warm = program - num_tiles
-    is_warm = (warm >= 0) & (warm < num_warm)
-    g = warm - num_warm
-    if g < 0:
-        g = tl.load(keys_ptr + (warm * WARM if is_warm else program * HOT_TILE)).to(tl.int64) - FIRST
+    g = program - num_tiles
+    if is_tile:
+        g = tl.load(keys_ptr + program * HOT_TILE).to(tl.int64) - FIRST
     start = tl.load(offsets_ptr + g).to(tl.int64)
     end = tl.load(offsets_ptr + g + 1).to(tl.int64)
-    is_size = ((end - start > HOT_TILE) == is_tile) & (is_tile | ((end - start > WARM) == is_warm))
-    is_first = (is_warm == 0) | (tl.cdiv(start, WARM) == warm)
-    if is_size & is_first:
+    if (end - start > HOT_TILE) == is_tile:
         first_tile, last_tile = tl.cdiv(start, HOT_TILE), tl.cdiv(end, HOT_TILE)
         if is_tile:
             start = tl.where(program == first_tile, start, program * HOT_TILE)
@@ -116,14 +105,12 @@ def expert_sums(
     num_groups = groups.offsets.numel() - 1
     ddown, dup = (hidden_states.new_empty(num_groups, H) for _ in range(2))
     hot_tile = _hot_tile(P, num_groups, H)
-    warm = hot_tile // WARM_SHARE
     num_tiles = triton.cdiv(P, hot_tile) if P > hot_tile else 0
-    num_warm = triton.cdiv(P, warm) if P > warm else 0
     partials = ddown.new_empty(num_tiles, 2, H, dtype=torch.float32)
     config = tile_config("expert_sums", ddown, coefficients, H)
     num_slices = triton.cdiv(H, config["BLOCK_H"])
     arrivals = torch.zeros(num_slices, num_tiles, dtype=torch.int32, device=ddown.device)
-    _expert_sums_kernel[(num_tiles + num_warm + num_groups, num_slices)](
+    _expert_sums_kernel[(num_tiles + num_groups, num_slices)](
         hidden_states,
         grad_out,
         dpre_activations,
@@ -136,10 +123,8 @@ def expert_sums(
         H,
         K,
         num_tiles,
-        num_warm,
         groups.first,
         hot_tile,
-        warm,
         **config,
     )
     return ddown, dup

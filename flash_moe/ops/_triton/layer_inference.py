@@ -1,4 +1,4 @@
-"""The layer without gradients: the dense MLP beside router and experts, which few tokens take in three launches."""
+"""The layer without gradients: the dense MLP beside router and experts, which one or two tokens take in one launch."""
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from flash_moe.ops._triton.expert_fused import fused_forward
 from flash_moe.ops._triton.expert_mlp import Dense, SideStream
 from flash_moe.ops._triton.expert_plan import FORWARD, FUSED, variant_for
 from flash_moe.ops._triton.gate import gate_forward
+from flash_moe.ops._triton.layer_few import layer_few, takes
 from flash_moe.ops._triton.mlp import gated_activation_forward
 from flash_moe.ops._triton.mlp_few import MAX_FEW_TOKENS, few_tokens_mlp
 from flash_moe.ops._triton.router import routing_forward
@@ -26,6 +27,8 @@ def layer_inference(
     hidden_act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``y [T, H]``, the gate's product ``[T, 2 * N]`` and ``indices [T, K]``."""
+    if takes(x.shape[0], gate[0].shape[0] // 2, num_experts_per_tok):
+        return layer_few(x, gate, tables, dense, num_experts_per_tok, norm_topk_prob, hidden_act)
     is_few = len(x) <= MAX_FEW_TOKENS
     beside = SideStream(x)
     with beside:
