@@ -1,6 +1,7 @@
 """The schedule of flash_decode: its tasks, its arithmetic, its integers, and three policies that all give the same."""
 
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,7 +21,14 @@ from flash_moe.testing import decode_arguments, make_decode_inputs
 QWEN3 = Sizes(T=1, H=2048, I=768, E=128, K=8)
 SMALL = Sizes(T=5, H=40, I=24, E=9, K=3, shared_intermediate_size=20)
 TILES = Tiles(
-    route_experts=2, route_tokens=3, select_tokens=2, gate_up_columns=7, down_columns=6, combine_tokens=3, combine_columns=10, lead=2
+    route_experts=2,
+    route_tokens=3,
+    select_tokens=2,
+    gate_up_columns=7,
+    down_columns=6,
+    combine_tokens=3,
+    combine_columns=10,
+    lead=2,
 )
 every_policy = pytest.mark.parametrize("policy", POLICIES)
 
@@ -157,7 +165,7 @@ def test_wrong_sizes_are_refused(make, message):
 
 def test_serialized_schedule_says_the_same():
     schedule = small()
-    tasks, totals, offsets, released = schedule.serialize()
+    tasks, _, offsets, released = schedule.serialize()
     assert all(isinstance(word, int) and -(2**31) <= word < 2**31 for words in schedule.serialize() for word in words)
     assert len(TASK_WORDS) % 4 == 0
     assert len(tasks) == len(TASK_WORDS) * len(schedule.tasks)
@@ -171,7 +179,7 @@ def test_serialized_schedule_says_the_same():
         }  # fmt: skip
     waiting = [[i for i, task in enumerate(schedule.tasks) if task.need.counter == counter]
                for counter in (*range(schedule.num_counters), NO_COUNTER)]  # fmt: skip
-    assert [released[begin:end] for begin, end in zip(offsets, offsets[1:], strict=False)] == waiting
+    assert [released[begin:end] for begin, end in pairwise(offsets)] == waiting
 
 
 @pytest.mark.parametrize("shared", [0, 20])

@@ -211,6 +211,10 @@ def _check_execution(x: Tensor, backend: str, policy: str, trace: object) -> Non
             raise ValueError(f"policy: expected 'auto' with {where}, which runs no schedule; got {policy!r}")
         if trace is not None:
             raise ValueError(f"trace: expected None with {where}, which runs no schedule; got a Trace")
+    if backend == "triton" and x.device.type == "cpu" and trace is not None:
+        raise ValueError(
+            'trace: expected None with backend="triton" in Triton\'s interpreter, which has no clock; got a Trace'
+        )
 
 
 def _check_no_gradient(tensors: dict[str, Tensor | None]) -> None:
