@@ -17,9 +17,10 @@ from flash_moe._checks import debug_enabled
 from flash_moe._moe_layer import MoELayer
 from flash_moe.ops._triton.counters import LINE
 from flash_moe.ops._triton.decode_kernel import FEW, NUM_OWN, decode_kernel
+from flash_moe.ops._triton.decode_routing import TAKER_STRIDE
 from flash_moe.ops._triton.decode_trace import MAX_RECORDS, fill_trace, make_records
 from flash_moe.ops._triton.math import INTERPRETED
-from flash_moe.schedule.decode import SELECTED, Schedule, build_schedule
+from flash_moe.schedule.decode import ROUTED, SELECTED, Schedule, build_schedule
 from flash_moe.schedule.policies import AUTO
 from flash_moe.schedule.tasks import Sizes, Tiles
 from flash_moe.schedule.trace import Trace
@@ -49,8 +50,8 @@ class Config(NamedTuple):
     num_warps: int = 4
     programs: int = 2
     """At most, on a multiprocessor."""
-    prefetch: bool = True
-    """Bring a tile's down weights into the L2 cache while it waits."""
+    alone: int = 2
+    """Tokens up to which every program selects for itself, where a scheduler does not hand tasks out."""
     schedulers: int = 1
     batch: int = 2**20
     """Tasks that a scheduler hands out at once, at most."""
@@ -68,8 +69,8 @@ def config_of(T: int, itemsize: int) -> Config:
 def tiles_of(sizes: Sizes, config: Config, G: int) -> Tiles:
     few = sizes.T <= 16
     return Tiles(
-        route_experts=1 if few else 16,
-        route_tokens=16,
+        route_experts=1 if few else 8,
+        route_tokens=16 if few else 8,
         select_tokens=1,
         gate_up_columns=config.gate_up_rows,
         down_columns=config.down_rows,
@@ -134,9 +135,10 @@ class _Call(NamedTuple):
     def make_states(self, count: int) -> list[State]:
         """Pairs and weights begin as numbers in range: a program that gave up waiting must not write astray."""
         T, E, block_e = self.sizes.T, self.sizes.E, triton.next_power_of_2(self.sizes.E)
+        owners = 1 + self.G if T <= self.config.alone else 1
         words = {
-            "counters": (self.num_counters * LINE.value,), "flag": (1,), "takers": (E,), "pairs": (T, E),
-            "weights": (T * (E + 1),), "keys": (self.G, 2, block_e), "slots": (self.G, E),
+            "counters": (self.num_counters * LINE.value,), "flag": (1,), "takers": (owners, E * TAKER_STRIDE.value),
+            "pairs": (owners, T, E), "weights": (owners, T * (E + 1)), "keys": (self.G, 2, block_e), "slots": (self.G, E),
             "ready": (self.num_places,), "doorbells": (self.G * LINE.value,), "busy": (self.G,),
         }  # fmt: skip
         tensors = [
@@ -287,7 +289,7 @@ def _launch(
         x, layer.router_weight, layer.gate_up_proj, layer.down_proj, routing.correction_bias, *shared,
         layer.gate_up_scale, layer.down_scale, logits, out, *arrays, *state, activated, products,
         state.flag if records is None else records, float(routing.routed_scaling_factor), MAX_POLLS, sizes.T,
-        sizes.num_slots, schedule.total(SELECTED).fixed, schedule.num_head, schedule.num_tail, schedule.gate_up_tiles,
+        sizes.num_slots, schedule.total(ROUTED).fixed, schedule.total(SELECTED).fixed, schedule.num_head, schedule.num_tail, schedule.gate_up_tiles,
         schedule.down_tiles, schedule.lead, call.activated_stride, call.product_stride, MAX_RECORDS,
         schedule.num_counters, call.num_places, **constants, BLOCK_G=triton.next_power_of_2(call.G),
         NUM_COUNTERS=call.num_counters, BLOCK_COUNTERS=triton.next_power_of_2(call.num_counters), **options,
@@ -334,12 +336,12 @@ def kernel_constants(
         "DOWN_SCALE": _scale_kind(layer.down_scale),
         "HAS_SHARED_GATE": layer.shared is not None and layer.shared.gate is not None,
         "POLICY": policy,
-        "PREFETCH": config.prefetch and not INTERPRETED,
+        "SELECTS_ALONE": sizes.T <= config.alone and policy != "actor",
         "TRACE": is_traced,
         "SCHEDULERS": config.schedulers,
         "BATCH": config.batch,
         "BLOCK_T": block_t,
-        "ROUTE_EXPERTS": tiles.route_experts,
+        "ROUTE_EXPERTS": 1 if tiles.route_experts == 1 else 16,
         "ROUTE_TOKENS": route_tokens,
         "ROUTE_H": min(route_h, max(16, triton.next_power_of_2(sizes.H))),
         "GATE_UP_ROWS": config.gate_up_rows,

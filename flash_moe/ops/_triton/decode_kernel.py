@@ -12,13 +12,13 @@ from flash_moe.ops._triton.counters import LINE, arrive, wait
 from flash_moe.ops._triton.decode_actor import STOP, WORDS_OF_TASK, push_released, push_stop, receive, run_scheduler
 from flash_moe.ops._triton.decode_experts import combine, down, gate_up
 from flash_moe.ops._triton.decode_records import DOORBELL, now, record
-from flash_moe.ops._triton.decode_routing import find_slots, pairs_of, route, select
-from flash_moe.schedule.decode import FINISHED, SELECTED
+from flash_moe.ops._triton.decode_routing import TAKER_STRIDE, find_slots, pairs_of, route, select
+from flash_moe.schedule.decode import FINISHED, ROUTED, SELECTED
 from flash_moe.schedule.tasks import SHARED, Kind
 
 # Counters in the order of the schedule's, after those of the policies.
 TICKET, LEFT, READY, NUM_OWN = (tl.constexpr(i) for i in range(4))
-ALL_SELECTED = tl.constexpr(NUM_OWN.value + SELECTED)
+ALL_ROUTED, ALL_SELECTED = tl.constexpr(NUM_OWN.value + ROUTED), tl.constexpr(NUM_OWN.value + SELECTED)
 SHARED_SLOT = tl.constexpr(SHARED)
 ALL_DONE = tl.constexpr(FINISHED)
 IS_ROUTE, IS_SELECT, IS_GATE_UP, IS_DOWN, IS_COMBINE = (tl.constexpr(int(kind)) for kind in Kind)
@@ -63,7 +63,7 @@ def _nth_live(n, hits, slots, num_head, num_tail, gate_up_tiles, down_tiles, lea
 @triton.jit
 def _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, NUM: tl.constexpr, BLOCK: tl.constexpr,
            NUM_TAKERS: tl.constexpr, BLOCK_TAKERS: tl.constexpr, ready_ptr, doorbells_ptr, busy_ptr, num_places,
-           POLICY: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
+           POLICY: tl.constexpr, SELECTS_ALONE: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
     """Whoever leaves last zeroes what the next call counts in: all have arrived, and nobody waits any more."""
     if polls_left <= 0:
         tl.store(flag_ptr, 1)
@@ -77,7 +77,8 @@ def _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, NUM: tl.constexpr, BL
             tl.store(doorbells_ptr + program * LINE, tl.zeros([BLOCK_G], tl.int32), mask=is_program)
             tl.store(busy_ptr + program, tl.zeros([BLOCK_G], tl.int32), mask=is_program)
         tl.store(counters_ptr + counter * LINE, tl.zeros([BLOCK], tl.int32), mask=counter < NUM)
-        tl.store(takers_ptr + word, tl.zeros([BLOCK_TAKERS], tl.int32), mask=word < NUM_TAKERS)
+        if not SELECTS_ALONE:
+            tl.store(takers_ptr + word * TAKER_STRIDE, tl.zeros([BLOCK_TAKERS], tl.int32), mask=word < NUM_TAKERS)
 
 
 @triton.jit
@@ -116,6 +117,7 @@ def decode_kernel(
     max_polls,
     T,
     S,
+    num_routes,
     num_selects,
     num_head,
     num_tail,
@@ -142,7 +144,7 @@ def decode_kernel(
     DOWN_SCALE: tl.constexpr,
     HAS_SHARED_GATE: tl.constexpr,
     POLICY: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    SELECTS_ALONE: tl.constexpr,
     TRACE: tl.constexpr,
     SCHEDULERS: tl.constexpr,
     BATCH: tl.constexpr,
@@ -166,6 +168,10 @@ def decode_kernel(
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     keys_ptr += program * (2 * BLOCK_E)
     slots_ptr += program * E
+    if SELECTS_ALONE:  # into memory of the program's own, after that of all
+        takers_ptr += (program + 1) * (E * TAKER_STRIDE)
+        pairs_ptr += (program + 1) * (T * E)
+        weights_ptr += (program + 1) * (T * (E + 1))
     trace_ptr += program * (max_events * 3)
     polls_left, hits, events = max_polls, -1, 0
     # The shared expert's activated rows come after the routed ones.
@@ -192,8 +198,23 @@ def decode_kernel(
         else:
             if (n >= num_head) & (hits < 0):
                 start = now(TRACE)
-                polls_left = wait(counters_ptr + ALL_SELECTED * LINE, num_selects, polls_left)
-                events = record(trace_ptr, events, max_events, NUM_OWN - 1 - ALL_SELECTED, start, TRACE)
+                if SELECTS_ALONE:
+                    polls_left = wait(counters_ptr + ALL_ROUTED * LINE, num_routes, polls_left)
+                    events = record(trace_ptr, events, max_events, NUM_OWN - 1 - ALL_ROUTED, start, TRACE)
+                    tl.store(takers_ptr + tl.arange(0, BLOCK_E) * TAKER_STRIDE, tl.zeros([BLOCK_E], tl.int32),
+                             mask=tl.arange(0, BLOCK_E) < E)  # fmt: skip
+                    tl.debug_barrier()
+                    for token in range(T):
+                        select(logits_ptr, bias_ptr, keys_ptr, pairs_ptr, weights_ptr, takers_ptr, token, T, factor, E,
+                               K, BLOCK_T > FEW, SCORING, HAS_BIAS, NORM, GROUPS, BEST_GROUPS, BLOCK_E,
+                               RANK_BLOCK)  # fmt: skip
+                        if SHARED_I > 0:
+                            _weigh_shared(x_ptr, shared_expert_gate_ptr, weights_ptr + T * E, token, H,
+                                          HAS_SHARED_GATE, ROUTE_H)  # fmt: skip
+                    tl.debug_barrier()  # all of it is there before any thread reads
+                else:
+                    polls_left = wait(counters_ptr + ALL_SELECTED * LINE, num_selects, polls_left)
+                    events = record(trace_ptr, events, max_events, NUM_OWN - 1 - ALL_SELECTED, start, TRACE)
                 hits = find_slots(takers_ptr, slots_ptr, E, BLOCK_E)
                 live = num_head + hits * (gate_up_tiles + down_tiles) + num_tail
             if POLICY == "queue":
@@ -209,27 +230,25 @@ def decode_kernel(
             if POLICY == "actor":
                 if (slot >= 0) & (hits < 0):
                     hits = find_slots(takers_ptr, slots_ptr, E, BLOCK_E)
-            elif (kind == IS_SELECT) | (kind == IS_DOWN) | (kind == IS_COMBINE):
+            elif ((kind == IS_SELECT) & (not SELECTS_ALONE)) | (kind == IS_DOWN) | (kind == IS_COMBINE):
                 fixed, per_hit = tl.load(task_ptr + 7), tl.load(task_ptr + 8)
                 start = now(TRACE)
                 required = fixed + per_hit * tl.maximum(hits, 0)
-                counter_ptr = counters_ptr + (NUM_OWN + counter) * LINE
-                if PREFETCH and kind == IS_DOWN:
-                    if tl.atomic_add(counter_ptr, 0, sem="relaxed") < required:
-                        _prefetch_down(down_ptr, slots_ptr, slot, begin, end, H, I, DOWN_ROWS)
-                polls_left = wait(counter_ptr, required, polls_left)
+                polls_left = wait(counters_ptr + (NUM_OWN + counter) * LINE, required, polls_left)
                 events = record(trace_ptr, events, max_events, -1 - counter, start, TRACE)
             start = now(TRACE)
             if kind == IS_ROUTE:
                 route(x_ptr, router_ptr, logits_ptr, begin, end, first_token, end_token, H, E, ROUTE_EXPERTS,
                       ROUTE_TOKENS, ROUTE_H)  # fmt: skip
             elif kind == IS_SELECT:
-                for token in range(first_token, end_token):
-                    select(logits_ptr, bias_ptr, keys_ptr, pairs_ptr, weights_ptr, takers_ptr, token, T, factor, E, K,
-                           BLOCK_T > FEW, SCORING, HAS_BIAS, NORM, GROUPS, BEST_GROUPS, BLOCK_E, RANK_BLOCK)  # fmt: skip
-                    if SHARED_I > 0:
-                        _weigh_shared(x_ptr, shared_expert_gate_ptr, weights_ptr + T * E, token, H, HAS_SHARED_GATE,
-                                      ROUTE_H)  # fmt: skip
+                if not SELECTS_ALONE:
+                    for token in range(first_token, end_token):
+                        select(logits_ptr, bias_ptr, keys_ptr, pairs_ptr, weights_ptr, takers_ptr, token, T, factor, E,
+                               K, BLOCK_T > FEW, SCORING, HAS_BIAS, NORM, GROUPS, BEST_GROUPS, BLOCK_E,
+                               RANK_BLOCK)  # fmt: skip
+                        if SHARED_I > 0:
+                            _weigh_shared(x_ptr, shared_expert_gate_ptr, weights_ptr + T * E, token, H,
+                                          HAS_SHARED_GATE, ROUTE_H)  # fmt: skip
             elif kind == IS_COMBINE:
                 combine(products_ptr, weights_ptr + T * E, out_ptr, begin, end, first_token, end_token, T, PRODUCT_STRIDE, H,
                         K, SHARED_I > 0, COMBINE_COLUMNS, COMBINE_TOKENS)  # fmt: skip
@@ -258,7 +277,7 @@ def decode_kernel(
             events = record(trace_ptr, events, max_events, index, start, TRACE)
         n = following
     _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, NUM_COUNTERS, BLOCK_COUNTERS, E, BLOCK_E,
-           ready_ptr, doorbells_ptr, busy_ptr, num_places, POLICY, BLOCK_G)  # fmt: skip
+           ready_ptr, doorbells_ptr, busy_ptr, num_places, POLICY, SELECTS_ALONE, BLOCK_G)  # fmt: skip
 
 
 @triton.jit
@@ -312,15 +331,15 @@ def _routed_gate_up(
     if BLOCK_T <= FEW:
         t = tl.arange(0, FEW)
         gate_up(x_ptr, gate_up_ptr, gate_up_ptr + I * H, scale_ptr, activated_ptr, begin, end, t, slot * T + t, t < T,
-                I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, FEW, BLOCK_H, STAGES)  # fmt: skip
-    elif tl.load(takers_ptr + e, cache_modifier=".cg") <= FEW:
+                e, I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, FEW, BLOCK_H, STAGES)  # fmt: skip
+    elif tl.load(takers_ptr + e * TAKER_STRIDE, cache_modifier=".cg") <= FEW:
         tokens, pairs, weights, is_token = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, FEW, True)
         gate_up(x_ptr, gate_up_ptr, gate_up_ptr + I * H, scale_ptr, activated_ptr, begin, end, tokens, pairs, is_token,
-                I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, FEW, BLOCK_H, STAGES)  # fmt: skip
+                e, I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, FEW, BLOCK_H, STAGES)  # fmt: skip
     else:
         many, many_pairs, many_weights, is_one = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, BLOCK_T, True)
         gate_up(x_ptr, gate_up_ptr, gate_up_ptr + I * H, scale_ptr, activated_ptr, begin, end, many, many_pairs, is_one,
-                I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
+                e, I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
 
 
 @triton.jit
@@ -336,31 +355,16 @@ def _routed_down(
     if BLOCK_T <= FEW:
         # All tokens are taken along, so that nothing is looked up before the weights are on their way.
         t, pairs, weights, is_pair = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, FEW, False)
-        down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, slot * T + t, t < T, pairs, is_pair, weights,
+        down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, slot * T + t, t < T, pairs, is_pair, weights, e,
              STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, FEW, BLOCK_I, STAGES)  # fmt: skip
-    elif tl.load(takers_ptr + e, cache_modifier=".cg") <= FEW:
+    elif tl.load(takers_ptr + e * TAKER_STRIDE, cache_modifier=".cg") <= FEW:
         tokens, pairs, weights, is_pair = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, FEW, True)
-        down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, pairs, is_pair, pairs, is_pair, weights,
+        down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, pairs, is_pair, pairs, is_pair, weights, e,
              STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, FEW, BLOCK_I, STAGES)  # fmt: skip
     else:
         many_tokens, many, many_weights, is_one = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, BLOCK_T, True)
-        down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, many, is_one, many, is_one, many_weights,
+        down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, many, is_one, many, is_one, many_weights, e,
              STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
-
-
-@triton.jit
-def _prefetch_down(down_ptr, slots_ptr, slot, begin, end, H: tl.constexpr, I: tl.constexpr, ROWS: tl.constexpr):
-    """Ask for a tile's weights, into the L2 cache: they are known before what they are multiplied with."""
-    if slot >= 0:
-        e = tl.load(slots_ptr + slot).to(tl.int64)
-        PER_LINE: tl.constexpr = 1024 // down_ptr.dtype.element_ty.primitive_bitwidth
-        LINES: tl.constexpr = triton.next_power_of_2((I + PER_LINE - 1) // PER_LINE)
-        row = tl.minimum(begin + tl.arange(0, ROWS), end - 1)
-        column = tl.minimum(tl.arange(0, LINES) * PER_LINE, I - 1)
-        at = down_ptr + e * (H * I) + (row * I)[:, None] + column[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1
-        )
 
 
 @triton.jit
@@ -376,7 +380,7 @@ def _shared_gate_up(
     HIDDEN_ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     t = tl.arange(0, BLOCK_T)
-    gate_up(x_ptr, gate_ptr, up_ptr, x_ptr, activated_ptr, begin, end, t, first_row + t, t < T, 0, STRIDE, H, HIDDEN_ACT,
+    gate_up(x_ptr, gate_ptr, up_ptr, x_ptr, activated_ptr, begin, end, t, first_row + t, t < T, 0, 0, STRIDE, H, HIDDEN_ACT,
             "none", ROWS, BLOCK_T, BLOCK_H, STAGES)  # fmt: skip
 
 
@@ -387,5 +391,5 @@ def _shared_down(
 ):  # fmt: skip
     """Not weighted yet: it may run before the router."""
     t, ones = tl.arange(0, BLOCK_T), tl.full([BLOCK_T], 1.0, tl.float32)
-    down(down_ptr, down_ptr, activated_ptr, products_ptr, begin, end, first_row + t, t < T, T * K + t, t < T, ones, STRIDE,
+    down(down_ptr, down_ptr, activated_ptr, products_ptr, begin, end, first_row + t, t < T, T * K + t, t < T, ones, 0, STRIDE,
          PRODUCT_STRIDE, SHARED_I, "none", ROWS, BLOCK_T, BLOCK_I, STAGES)  # fmt: skip
