@@ -20,7 +20,7 @@ from flash_moe.ops._triton.decode_kernel import FEW, NUM_OWN, decode_kernel
 from flash_moe.ops._triton.decode_routing import TAKER_STRIDE
 from flash_moe.ops._triton.decode_trace import MAX_RECORDS, fill_trace, make_records
 from flash_moe.ops._triton.math import INTERPRETED
-from flash_moe.schedule.decode import ROUTED, SELECTED, Schedule, build_schedule
+from flash_moe.schedule.decode import SELECTED, Schedule, build_schedule
 from flash_moe.schedule.policies import AUTO
 from flash_moe.schedule.tasks import Sizes, Tiles
 from flash_moe.schedule.trace import Trace
@@ -28,8 +28,8 @@ from flash_moe.schedule.trace import Trace
 MAX_TOKENS, MAX_EXPERTS = 128, 1024
 # Polls that a program makes in all before it gives up: about a second, an atomic taking most of a microsecond.
 MAX_POLLS = 2**20
-# Comparisons of keys at once.
-RANK_COMPARISONS = 2**14
+# Comparisons of keys at once. More would be code that runs once, and code that runs once comes from memory.
+RANK_COMPARISONS = 2**12
 # State of this many calls that may be captured is made beside that of a stream, zeroed before any capture begins.
 GRAPH_STATES = 64
 MAX_REMEMBERED = 256
@@ -50,8 +50,6 @@ class Config(NamedTuple):
     num_warps: int = 4
     programs: int = 2
     """At most, on a multiprocessor."""
-    alone: int = 2
-    """Tokens up to which every program selects for itself, where a scheduler does not hand tasks out."""
     schedulers: int = 1
     batch: int = 2**20
     """Tasks that a scheduler hands out at once, at most."""
@@ -69,7 +67,7 @@ def config_of(T: int, itemsize: int) -> Config:
 def tiles_of(sizes: Sizes, config: Config, G: int) -> Tiles:
     few = sizes.T <= 16
     return Tiles(
-        route_experts=1 if few else 8,
+        route_experts=1 if few else 16,
         route_tokens=16 if few else 8,
         select_tokens=1,
         gate_up_columns=config.gate_up_rows,
@@ -135,10 +133,9 @@ class _Call(NamedTuple):
     def make_states(self, count: int) -> list[State]:
         """Pairs and weights begin as numbers in range: a program that gave up waiting must not write astray."""
         T, E, block_e = self.sizes.T, self.sizes.E, triton.next_power_of_2(self.sizes.E)
-        owners = 1 + self.G if T <= self.config.alone else 1
         words = {
-            "counters": (self.num_counters * LINE.value,), "flag": (1,), "takers": (owners, E * TAKER_STRIDE.value),
-            "pairs": (owners, T, E), "weights": (owners, T * (E + 1)), "keys": (self.G, 2, block_e), "slots": (self.G, E),
+            "counters": (self.num_counters * LINE.value,), "flag": (1,), "takers": (E * TAKER_STRIDE.value,),
+            "pairs": (T, E), "weights": (T * (E + 1),), "keys": (self.G, 2, block_e), "slots": (self.G, E),
             "ready": (self.num_places,), "doorbells": (self.G * LINE.value,), "busy": (self.G,),
         }  # fmt: skip
         tensors = [
@@ -289,7 +286,7 @@ def _launch(
         x, layer.router_weight, layer.gate_up_proj, layer.down_proj, routing.correction_bias, *shared,
         layer.gate_up_scale, layer.down_scale, logits, out, *arrays, *state, activated, products,
         state.flag if records is None else records, float(routing.routed_scaling_factor), MAX_POLLS, sizes.T,
-        sizes.num_slots, schedule.total(ROUTED).fixed, schedule.total(SELECTED).fixed, schedule.num_head, schedule.num_tail, schedule.gate_up_tiles,
+        sizes.num_slots, schedule.total(SELECTED).fixed, schedule.num_head, schedule.num_tail, schedule.gate_up_tiles,
         schedule.down_tiles, schedule.lead, call.activated_stride, call.product_stride, MAX_RECORDS,
         schedule.num_counters, call.num_places, **constants, BLOCK_G=triton.next_power_of_2(call.G),
         NUM_COUNTERS=call.num_counters, BLOCK_COUNTERS=triton.next_power_of_2(call.num_counters), **options,
@@ -336,7 +333,6 @@ def kernel_constants(
         "DOWN_SCALE": _scale_kind(layer.down_scale),
         "HAS_SHARED_GATE": layer.shared is not None and layer.shared.gate is not None,
         "POLICY": policy,
-        "SELECTS_ALONE": sizes.T <= config.alone and policy != "actor",
         "TRACE": is_traced,
         "SCHEDULERS": config.schedulers,
         "BATCH": config.batch,

@@ -13,12 +13,12 @@ from flash_moe.ops._triton.decode_actor import STOP, WORDS_OF_TASK, push_release
 from flash_moe.ops._triton.decode_experts import combine, down, gate_up
 from flash_moe.ops._triton.decode_records import DOORBELL, now, record
 from flash_moe.ops._triton.decode_routing import TAKER_STRIDE, find_slots, pairs_of, route, select
-from flash_moe.schedule.decode import FINISHED, ROUTED, SELECTED
+from flash_moe.schedule.decode import FINISHED, SELECTED
 from flash_moe.schedule.tasks import SHARED, Kind
 
 # Counters in the order of the schedule's, after those of the policies.
 TICKET, LEFT, READY, NUM_OWN = (tl.constexpr(i) for i in range(4))
-ALL_ROUTED, ALL_SELECTED = tl.constexpr(NUM_OWN.value + ROUTED), tl.constexpr(NUM_OWN.value + SELECTED)
+ALL_SELECTED = tl.constexpr(NUM_OWN.value + SELECTED)
 SHARED_SLOT = tl.constexpr(SHARED)
 ALL_DONE = tl.constexpr(FINISHED)
 IS_ROUTE, IS_SELECT, IS_GATE_UP, IS_DOWN, IS_COMBINE = (tl.constexpr(int(kind)) for kind in Kind)
@@ -63,7 +63,7 @@ def _nth_live(n, hits, slots, num_head, num_tail, gate_up_tiles, down_tiles, lea
 @triton.jit
 def _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, NUM: tl.constexpr, BLOCK: tl.constexpr,
            NUM_TAKERS: tl.constexpr, BLOCK_TAKERS: tl.constexpr, ready_ptr, doorbells_ptr, busy_ptr, num_places,
-           POLICY: tl.constexpr, SELECTS_ALONE: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
+           POLICY: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
     """Whoever leaves last zeroes what the next call counts in: all have arrived, and nobody waits any more."""
     if polls_left <= 0:
         tl.store(flag_ptr, 1)
@@ -77,8 +77,7 @@ def _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, NUM: tl.constexpr, BL
             tl.store(doorbells_ptr + program * LINE, tl.zeros([BLOCK_G], tl.int32), mask=is_program)
             tl.store(busy_ptr + program, tl.zeros([BLOCK_G], tl.int32), mask=is_program)
         tl.store(counters_ptr + counter * LINE, tl.zeros([BLOCK], tl.int32), mask=counter < NUM)
-        if not SELECTS_ALONE:
-            tl.store(takers_ptr + word * TAKER_STRIDE, tl.zeros([BLOCK_TAKERS], tl.int32), mask=word < NUM_TAKERS)
+        tl.store(takers_ptr + word * TAKER_STRIDE, tl.zeros([BLOCK_TAKERS], tl.int32), mask=word < NUM_TAKERS)
 
 
 @triton.jit
@@ -117,7 +116,6 @@ def decode_kernel(
     max_polls,
     T,
     S,
-    num_routes,
     num_selects,
     num_head,
     num_tail,
@@ -144,7 +142,6 @@ def decode_kernel(
     DOWN_SCALE: tl.constexpr,
     HAS_SHARED_GATE: tl.constexpr,
     POLICY: tl.constexpr,
-    SELECTS_ALONE: tl.constexpr,
     TRACE: tl.constexpr,
     SCHEDULERS: tl.constexpr,
     BATCH: tl.constexpr,
@@ -168,10 +165,6 @@ def decode_kernel(
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     keys_ptr += program * (2 * BLOCK_E)
     slots_ptr += program * E
-    if SELECTS_ALONE:  # into memory of the program's own, after that of all
-        takers_ptr += (program + 1) * (E * TAKER_STRIDE)
-        pairs_ptr += (program + 1) * (T * E)
-        weights_ptr += (program + 1) * (T * (E + 1))
     trace_ptr += program * (max_events * 3)
     polls_left, hits, events = max_polls, -1, 0
     # The shared expert's activated rows come after the routed ones.
@@ -198,23 +191,8 @@ def decode_kernel(
         else:
             if (n >= num_head) & (hits < 0):
                 start = now(TRACE)
-                if SELECTS_ALONE:
-                    polls_left = wait(counters_ptr + ALL_ROUTED * LINE, num_routes, polls_left)
-                    events = record(trace_ptr, events, max_events, NUM_OWN - 1 - ALL_ROUTED, start, TRACE)
-                    tl.store(takers_ptr + tl.arange(0, BLOCK_E) * TAKER_STRIDE, tl.zeros([BLOCK_E], tl.int32),
-                             mask=tl.arange(0, BLOCK_E) < E)  # fmt: skip
-                    tl.debug_barrier()
-                    for token in range(T):
-                        select(logits_ptr, bias_ptr, keys_ptr, pairs_ptr, weights_ptr, takers_ptr, token, T, factor, E,
-                               K, BLOCK_T > FEW, SCORING, HAS_BIAS, NORM, GROUPS, BEST_GROUPS, BLOCK_E,
-                               RANK_BLOCK)  # fmt: skip
-                        if SHARED_I > 0:
-                            _weigh_shared(x_ptr, shared_expert_gate_ptr, weights_ptr + T * E, token, H,
-                                          HAS_SHARED_GATE, ROUTE_H)  # fmt: skip
-                    tl.debug_barrier()  # all of it is there before any thread reads
-                else:
-                    polls_left = wait(counters_ptr + ALL_SELECTED * LINE, num_selects, polls_left)
-                    events = record(trace_ptr, events, max_events, NUM_OWN - 1 - ALL_SELECTED, start, TRACE)
+                polls_left = wait(counters_ptr + ALL_SELECTED * LINE, num_selects, polls_left)
+                events = record(trace_ptr, events, max_events, NUM_OWN - 1 - ALL_SELECTED, start, TRACE)
                 hits = find_slots(takers_ptr, slots_ptr, E, BLOCK_E)
                 live = num_head + hits * (gate_up_tiles + down_tiles) + num_tail
             if POLICY == "queue":
@@ -230,7 +208,7 @@ def decode_kernel(
             if POLICY == "actor":
                 if (slot >= 0) & (hits < 0):
                     hits = find_slots(takers_ptr, slots_ptr, E, BLOCK_E)
-            elif ((kind == IS_SELECT) & (not SELECTS_ALONE)) | (kind == IS_DOWN) | (kind == IS_COMBINE):
+            elif (kind == IS_SELECT) | (kind == IS_DOWN) | (kind == IS_COMBINE):
                 fixed, per_hit = tl.load(task_ptr + 7), tl.load(task_ptr + 8)
                 start = now(TRACE)
                 required = fixed + per_hit * tl.maximum(hits, 0)
@@ -241,14 +219,12 @@ def decode_kernel(
                 route(x_ptr, router_ptr, logits_ptr, begin, end, first_token, end_token, H, E, ROUTE_EXPERTS,
                       ROUTE_TOKENS, ROUTE_H)  # fmt: skip
             elif kind == IS_SELECT:
-                if not SELECTS_ALONE:
-                    for token in range(first_token, end_token):
-                        select(logits_ptr, bias_ptr, keys_ptr, pairs_ptr, weights_ptr, takers_ptr, token, T, factor, E,
-                               K, BLOCK_T > FEW, SCORING, HAS_BIAS, NORM, GROUPS, BEST_GROUPS, BLOCK_E,
-                               RANK_BLOCK)  # fmt: skip
-                        if SHARED_I > 0:
-                            _weigh_shared(x_ptr, shared_expert_gate_ptr, weights_ptr + T * E, token, H,
-                                          HAS_SHARED_GATE, ROUTE_H)  # fmt: skip
+                for token in range(first_token, end_token):
+                    select(logits_ptr, bias_ptr, keys_ptr, pairs_ptr, weights_ptr, takers_ptr, token, T, factor, E, K,
+                           BLOCK_T > FEW, SCORING, HAS_BIAS, NORM, GROUPS, BEST_GROUPS, BLOCK_E, RANK_BLOCK)  # fmt: skip
+                    if SHARED_I > 0:
+                        _weigh_shared(x_ptr, shared_expert_gate_ptr, weights_ptr + T * E, token, H, HAS_SHARED_GATE,
+                                      ROUTE_H)  # fmt: skip
             elif kind == IS_COMBINE:
                 combine(products_ptr, weights_ptr + T * E, out_ptr, begin, end, first_token, end_token, T, PRODUCT_STRIDE, H,
                         K, SHARED_I > 0, COMBINE_COLUMNS, COMBINE_TOKENS)  # fmt: skip
@@ -277,7 +253,7 @@ def decode_kernel(
             events = record(trace_ptr, events, max_events, index, start, TRACE)
         n = following
     _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, NUM_COUNTERS, BLOCK_COUNTERS, E, BLOCK_E,
-           ready_ptr, doorbells_ptr, busy_ptr, num_places, POLICY, SELECTS_ALONE, BLOCK_G)  # fmt: skip
+           ready_ptr, doorbells_ptr, busy_ptr, num_places, POLICY, BLOCK_G)  # fmt: skip
 
 
 @triton.jit
