@@ -177,8 +177,8 @@ def decode_kernel(
             if program == 0:
                 push_released(num_counters, hits, tasks_ptr, offsets_ptr, released_ptr, ready_ptr,
                               counters_ptr + READY * LINE)  # fmt: skip
-            polls_left = run_scheduler(ready_ptr, doorbells_ptr, busy_ptr, num_places, polls_left, trace_ptr, max_events,
-                                       TRACE, SCHEDULERS, BATCH, BLOCK_G)  # fmt: skip
+            polls_left = run_scheduler(ready_ptr, doorbells_ptr, busy_ptr, num_places, polls_left, trace_ptr,
+                                       max_events, TRACE, SCHEDULERS, BATCH, BLOCK_G)  # fmt: skip
             live = 0
     while n < live:
         following = n + num_programs
@@ -221,25 +221,28 @@ def decode_kernel(
             elif kind == IS_SELECT:
                 for token in range(first_token, end_token):
                     select(logits_ptr, bias_ptr, keys_ptr, pairs_ptr, weights_ptr, takers_ptr, token, T, factor, E, K,
-                           BLOCK_T > FEW, SCORING, HAS_BIAS, NORM, GROUPS, BEST_GROUPS, BLOCK_E, RANK_BLOCK)  # fmt: skip
+                           BLOCK_T > FEW, SCORING, HAS_BIAS, NORM, GROUPS, BEST_GROUPS, BLOCK_E,
+                           RANK_BLOCK)  # fmt: skip
                     if SHARED_I > 0:
                         _weigh_shared(x_ptr, shared_expert_gate_ptr, weights_ptr + T * E, token, H, HAS_SHARED_GATE,
                                       ROUTE_H)  # fmt: skip
             elif kind == IS_COMBINE:
-                combine(products_ptr, weights_ptr + T * E, out_ptr, begin, end, first_token, end_token, T, PRODUCT_STRIDE, H,
-                        K, SHARED_I > 0, COMBINE_COLUMNS, COMBINE_TOKENS)  # fmt: skip
+                combine(products_ptr, weights_ptr + T * E, out_ptr, begin, end, first_token, end_token, T,
+                        PRODUCT_STRIDE, H, K, SHARED_I > 0, COMBINE_COLUMNS, COMBINE_TOKENS)  # fmt: skip
             elif kind == IS_GATE_UP:
                 if SHARED_I > 0 and slot == SHARED_SLOT:
-                    _shared_gate_up(x_ptr, shared_gate_ptr, shared_up_ptr, activated_ptr, begin, end, T,
-                                    shared_row, ACTIVATED_STRIDE, H, HIDDEN_ACT, GATE_UP_ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
+                    _shared_gate_up(x_ptr, shared_gate_ptr, shared_up_ptr, activated_ptr, begin, end, T, shared_row,
+                                    ACTIVATED_STRIDE, H, HIDDEN_ACT, GATE_UP_ROWS, BLOCK_T, MANY_BLOCK,
+                                    MANY_STAGES)  # fmt: skip
                 else:
                     _routed_gate_up(x_ptr, gate_up_ptr, gate_up_scale_ptr, activated_ptr, takers_ptr, pairs_ptr,
                                     weights_ptr, slots_ptr, slot, T, begin, end, ACTIVATED_STRIDE, H, I, E, K,
                                     HIDDEN_ACT, GATE_UP_SCALE, GATE_UP_ROWS, BLOCK_T, BLOCK_H, STAGES)  # fmt: skip
             else:
                 if SHARED_I > 0 and slot == SHARED_SLOT:
-                    _shared_down(shared_down_ptr, activated_ptr, products_ptr, begin, end, T, shared_row, K, ACTIVATED_STRIDE,
-                                 PRODUCT_STRIDE, SHARED_I, DOWN_ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
+                    _shared_down(shared_down_ptr, activated_ptr, products_ptr, begin, end, T, shared_row, K,
+                                 ACTIVATED_STRIDE, PRODUCT_STRIDE, SHARED_I, DOWN_ROWS, BLOCK_T, MANY_BLOCK,
+                                 MANY_STAGES)  # fmt: skip
                 else:
                     _routed_down(down_ptr, down_scale_ptr, activated_ptr, products_ptr, takers_ptr, pairs_ptr,
                                  weights_ptr, slots_ptr, slot, T, begin, end, ACTIVATED_STRIDE, PRODUCT_STRIDE, H, I,
@@ -309,11 +312,13 @@ def _routed_gate_up(
         gate_up(x_ptr, gate_up_ptr, gate_up_ptr + I * H, scale_ptr, activated_ptr, begin, end, t, slot * T + t, t < T,
                 e, I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, FEW, BLOCK_H, STAGES)  # fmt: skip
     elif tl.load(takers_ptr + e * TAKER_STRIDE, cache_modifier=".cg") <= FEW:
-        tokens, pairs, weights, is_token = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, FEW, True)
+        tokens, pairs, _weights, is_token = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, FEW, True)
         gate_up(x_ptr, gate_up_ptr, gate_up_ptr + I * H, scale_ptr, activated_ptr, begin, end, tokens, pairs, is_token,
                 e, I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, FEW, BLOCK_H, STAGES)  # fmt: skip
     else:
-        many, many_pairs, many_weights, is_one = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, BLOCK_T, True)
+        many, many_pairs, _many_weights, is_one = pairs_of(
+            takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, BLOCK_T, True
+        )
         gate_up(x_ptr, gate_up_ptr, gate_up_ptr + I * H, scale_ptr, activated_ptr, begin, end, many, many_pairs, is_one,
                 e, I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
 
@@ -331,14 +336,16 @@ def _routed_down(
     if BLOCK_T <= FEW:
         # All tokens are taken along, so that nothing is looked up before the weights are on their way.
         t, pairs, weights, is_pair = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, FEW, False)
-        down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, slot * T + t, t < T, pairs, is_pair, weights, e,
-             STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, FEW, BLOCK_I, STAGES)  # fmt: skip
+        down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, slot * T + t, t < T, pairs, is_pair, weights,
+             e, STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, FEW, BLOCK_I, STAGES)  # fmt: skip
     elif tl.load(takers_ptr + e * TAKER_STRIDE, cache_modifier=".cg") <= FEW:
-        tokens, pairs, weights, is_pair = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, FEW, True)
+        _tokens, pairs, weights, is_pair = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, FEW, True)
         down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, pairs, is_pair, pairs, is_pair, weights, e,
              STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, FEW, BLOCK_I, STAGES)  # fmt: skip
     else:
-        many_tokens, many, many_weights, is_one = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, BLOCK_T, True)
+        many_tokens, many, many_weights, is_one = pairs_of(
+            takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, BLOCK_T, True
+        )
         down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, many, is_one, many, is_one, many_weights, e,
              STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
 
@@ -356,8 +363,8 @@ def _shared_gate_up(
     HIDDEN_ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     t = tl.arange(0, BLOCK_T)
-    gate_up(x_ptr, gate_ptr, up_ptr, x_ptr, activated_ptr, begin, end, t, first_row + t, t < T, 0, 0, STRIDE, H, HIDDEN_ACT,
-            "none", ROWS, BLOCK_T, BLOCK_H, STAGES)  # fmt: skip
+    gate_up(x_ptr, gate_ptr, up_ptr, x_ptr, activated_ptr, begin, end, t, first_row + t, t < T, 0, 0, STRIDE, H,
+            HIDDEN_ACT, "none", ROWS, BLOCK_T, BLOCK_H, STAGES)  # fmt: skip
 
 
 @triton.jit
@@ -367,5 +374,5 @@ def _shared_down(
 ):  # fmt: skip
     """Not weighted yet: it may run before the router."""
     t, ones = tl.arange(0, BLOCK_T), tl.full([BLOCK_T], 1.0, tl.float32)
-    down(down_ptr, down_ptr, activated_ptr, products_ptr, begin, end, first_row + t, t < T, T * K + t, t < T, ones, 0, STRIDE,
-         PRODUCT_STRIDE, SHARED_I, "none", ROWS, BLOCK_T, BLOCK_I, STAGES)  # fmt: skip
+    down(down_ptr, down_ptr, activated_ptr, products_ptr, begin, end, first_row + t, t < T, T * K + t, t < T, ones, 0,
+         STRIDE, PRODUCT_STRIDE, SHARED_I, "none", ROWS, BLOCK_T, BLOCK_I, STAGES)  # fmt: skip
