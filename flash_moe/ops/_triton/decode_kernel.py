@@ -343,7 +343,7 @@ def _routed_down(
         down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, pairs, is_pair, pairs, is_pair, weights, e,
              STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, FEW, BLOCK_I, STAGES)  # fmt: skip
     else:
-        many_tokens, many, many_weights, is_one = pairs_of(
+        _many_tokens, many, many_weights, is_one = pairs_of(
             takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, BLOCK_T, True
         )
         down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, many, is_one, many, is_one, many_weights, e,
