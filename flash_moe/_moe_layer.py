@@ -14,6 +14,10 @@ SCALE_BLOCK = 128
 TINY = 1e-20
 
 
+class NoRoomError(RuntimeError):
+    """The programs of one launch, which wait for one another, cannot all be on the device at once."""
+
+
 class Routing(NamedTuple):
     """How logits become experts and weights; the fields are arguments of ``flash_decode``."""
 

@@ -9,7 +9,7 @@ from test_decode import DTYPES, ROUTINGS, assert_right, describe, every_dtype, o
 from torch.library import opcheck
 
 from flash_moe._activations import ACTIVATIONS
-from flash_moe._moe_layer import Routing
+from flash_moe._moe_layer import NoRoomError, Routing
 from flash_moe.schedule.policies import POLICIES
 from flash_moe.schedule.trace import Trace
 from flash_moe.testing import make_decode_inputs, poison_memory
@@ -37,6 +37,7 @@ def scratch(device, monkeypatch):
     if device.type == "cpu":
         monkeypatch.setattr(kernel, "MAX_POLLS", 100)
     monkeypatch.setattr(kernel._scratches, "_of_stream", type(kernel._scratches._of_stream)())
+    monkeypatch.setattr(kernel, "_fewer", {})
     yield
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -49,8 +50,13 @@ def assert_unused(state):
         assert not getattr(state, name).any(), name
 
 
+def call_of(x, layer):
+    call = kernel._call_of(x, layer)
+    return kernel._fewer.get(call, call)
+
+
 def scratch_of(x, layer):
-    return kernel._scratches.get(kernel._call_of(x, layer))
+    return kernel._scratches.get(call_of(x, layer))
 
 
 def run_kernel(x, layer, policy="auto", **options):
@@ -103,7 +109,7 @@ def test_many_tokens_of_a_layer_with_everything(device):
     "routing", [Routing(5), Routing(5, False, "sigmoid", "bias", 6, 3, 2.5)], ids=["softmax", "sigmoid-bias-groups"]
 )
 def test_experts_too_many_to_rank_at_once(routing, device):
-    x, layer = make_decode_inputs(1, 9, 5, 132, with_bias(routing, 132, device), torch.bfloat16, device)
+    x, layer = make_decode_inputs(1, 9, 5, 72, with_bias(routing, 72, device), torch.bfloat16, device)
     assert_right(x, layer, run_kernel)
 
 
@@ -379,6 +385,31 @@ def test_a_partly_filled_gpu(sms_left, policy, device):
 
 @pytest.mark.gpu
 @every_policy
+def test_fewer_programs_where_there_is_no_room_for_all(policy, device, monkeypatch):
+    x, layer = make_decode_inputs(5, 64, 48, 6, Routing(2), torch.bfloat16, device)
+    want, _ = run_kernel(x, layer, policy)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    monkeypatch.setattr(kernel, "_num_programs", lambda device, config: num_sms * 20 ** (config.programs - 1))
+    assert torch.equal(run_kernel(x, layer, policy)[0], want)
+    assert call_of(x, layer).G == num_sms
+    graph, (out,) = capture(x, layer, policy, 1)
+    out.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(out, want)
+
+
+@pytest.mark.gpu
+def test_no_room_at_all(device, monkeypatch):
+    """An explicit choice is refused; auto goes another way."""
+    monkeypatch.setattr(kernel, "_num_programs", lambda device, config: 10**5)
+    x, layer = make_decode_inputs(5, 64, 48, 6, Routing(2), torch.bfloat16, device)
+    with pytest.raises(NoRoomError, match="expected room for a program on each multiprocessor"):
+        run_kernel(x, layer)
+    assert torch.equal(run(x, layer), run(x, layer, backend="torch"))
+
+
+@pytest.mark.gpu
+@every_policy
 @pytest.mark.parametrize("T", [1, 17])
 def test_trace(T, policy, device):
     x, layer = qwen3(T, torch.bfloat16, device)
@@ -395,7 +426,7 @@ def test_trace(T, policy, device):
     assert trace.sizes == {"T": T, "H": 2048, "I": 768, "E": 128, "K": 8}
     assert 0 < trace.end_ns < start.elapsed_time(end) * 1e6
 
-    call = kernel._call_of(x, layer)
+    call = call_of(x, layer)
     schedule, experts = kernel.plan(call).schedule, logits.topk(8).indices.unique().tolist()
     assert trace.num_programs == call.G
     live = [schedule.nth_live(n, len(experts)) for n in range(schedule.num_live(len(experts)))]
@@ -424,7 +455,7 @@ def test_a_task_starts_after_what_it_waits_for(policy, device):
     trace = Trace()
     for _ in range(2):
         run_kernel(x, layer, policy, trace=trace)
-    schedule = kernel.plan(kernel._call_of(x, layer)).schedule
+    schedule = kernel.plan(call_of(x, layer)).schedule
     spans = {span.index: span for span in trace.tasks if span.kind != "dispatch"}
     last = {}
     for index, span in spans.items():

@@ -20,7 +20,7 @@ from flash_moe._checks import (
     check_tensor,
     float_dtypes,
 )
-from flash_moe._moe_layer import SCALE_BLOCK, SCORINGS, MoELayer, Routing, SharedExpert
+from flash_moe._moe_layer import SCALE_BLOCK, SCORINGS, MoELayer, NoRoomError, Routing, SharedExpert
 from flash_moe.ops._reference.decode import decode_reference
 from flash_moe.ops._register import register_op
 from flash_moe.schedule.policies import POLICIES
@@ -77,12 +77,13 @@ def flash_decode(
             every token takes with weight 1, or, with ``shared_expert_gate [1, H]``, sigmoid(shared_expert_gate . x).
         gate_up_scale, down_scale: float32, with float8 weights ``[E, R, C]``: ``[E, R]``, a scale a row, or
             ``[E, ceil(R / 128), ceil(C / 128)]``, a scale a block of 128 x 128.
-        backend: "auto" is "torch" (CPU: the schedule, interpreted; CUDA: PyTorch's own kernels, without waiting for
-            the device), "triton" (one launch; at most 4 tokens and 1024 experts, no groups, shared expert or float8;
-            its speed is not measured yet), or "reference". An explicit choice never falls back.
-        policy: which program takes which task when the schedule is interpreted: "static", "queue" or "actor"; "auto"
-            is "static". The bits of the result are the same. Only "auto" where no schedule runs.
-        trace: a ``Trace`` to fill with every task and every wait; only where a schedule runs.
+        backend: "triton" (one launch, at most 128 tokens and 1024 experts), "torch" (CPU: the schedule, interpreted;
+            CUDA: PyTorch's own kernels, without waiting for the device), or "reference". "auto" is "triton" on a GPU
+            where it takes the call and its programs have room at once, else "torch". An explicit choice never falls
+            back.
+        policy: which program takes which task: "static", "queue" or "actor"; "auto" is what measured best. The bits of
+            the result are the same. Only "auto" where no schedule runs.
+        trace: a ``Trace`` to fill with every task and every wait, for which the call waits; only where a schedule runs.
         return_router_logits: return the logits, too.
     Returns:
         ``[T, H]`` in ``hidden_states.dtype``, accumulated in float32; or that and the logits ``[T, E]``. The same bits
@@ -105,7 +106,7 @@ def flash_decode(
     _check_scale("down", down_proj, down_scale, hidden_states, backend)
     shared = _check_shared(hidden_states, shared_gate_proj, shared_up_proj, shared_down_proj, shared_expert_gate)
     layer = MoELayer(router_weight, gate_up_proj, down_proj, routing, hidden_act, shared, gate_up_scale, down_scale)
-    _check_execution(hidden_states, backend, policy, trace)
+    _check_execution(hidden_states, layer, backend, policy, trace)
     tensors = _flatten(hidden_states, layer)
     check_same_device(**{name: x for name, x in tensors.items() if x is not None})
     _check_no_gradient(tensors)
@@ -114,11 +115,10 @@ def flash_decode(
     else:
         x, *weights = (None if x is None else x.contiguous() for x in tensors.values())
         if trace is None:
-            name = "triton" if backend == "triton" else "torch"
-            out, logits = torch.ops.flash_moe.flash_decode(x, *weights, *_options(layer), policy, name)
+            out, logits = torch.ops.flash_moe.flash_decode(x, *weights, *_options(layer), policy, backend)
         else:  # an op takes no Python objects
-            run = _implementation("triton").decode_traced if backend == "triton" else None
-            out, logits = (run or _implementation("torch").decode_interpreted)(x, layer, policy, trace)
+            name = _backend_of(hidden_states, layer, backend)
+            out, logits = _implementation(name).decode_traced(x, layer, policy, trace)
     return (out, logits) if return_router_logits else out
 
 
@@ -195,8 +195,8 @@ def _check_shared(
     return SharedExpert(gate_proj, up_proj, down_proj, gate)
 
 
-def _check_execution(x: Tensor, backend: str, policy: str, trace: object) -> None:
-    """The schedule runs where "torch" is given CPU tensors; elsewhere there is nothing to choose and to trace."""
+def _check_execution(x: Tensor, layer: MoELayer, backend: str, policy: str, trace: object) -> None:
+    """The schedule runs in one launch, or where "torch" is given CPU tensors; else there is nothing to choose."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
     if policy not in ("auto", *POLICIES):
@@ -205,16 +205,26 @@ def _check_execution(x: Tensor, backend: str, policy: str, trace: object) -> Non
         raise TypeError(f"trace: expected a Trace or None; got {type(trace).__name__}")
     if backend == "triton" and (reason := why_not_triton(x.device.type)):
         raise ValueError(f"backend: triton cannot run here: {reason}")
-    if backend == "reference" or (backend != "triton" and x.device.type != "cpu"):
-        where = f'backend="{backend}"' if backend == "reference" else f"device {x.device}"
-        if policy != "auto":
-            raise ValueError(f"policy: expected 'auto' with {where}, which runs no schedule; got {policy!r}")
-        if trace is not None:
-            raise ValueError(f"trace: expected None with {where}, which runs no schedule; got a Trace")
-    if backend == "triton" and x.device.type == "cpu" and trace is not None:
+    if trace is not None and backend == "triton" and not x.is_cuda:
         raise ValueError(
             'trace: expected None with backend="triton" in Triton\'s interpreter, which has no clock; got a Trace'
         )
+    if (policy == "auto" and trace is None) or _backend_of(x, layer, backend) == "triton":
+        return
+    if backend == "reference" or x.device.type != "cpu":
+        where = f'backend="{backend}"' if backend == "reference" else f"device {x.device}"
+        if policy != "auto":
+            raise ValueError(f"policy: expected 'auto' with {where}, which runs no schedule; got {policy!r}")
+        raise ValueError(f"trace: expected None with {where}, which runs no schedule; got a Trace")
+
+
+def _backend_of(x: Tensor, layer: MoELayer, backend: str) -> str:
+    """What "auto" is: one launch on a GPU wherever it takes the call."""
+    if backend != "auto":
+        return backend
+    if x.is_cuda and why_not_triton("cuda") is None and _implementation("triton").takes(x, layer):
+        return "triton"
+    return "torch"
 
 
 def _check_no_gradient(tensors: dict[str, Tensor | None]) -> None:
@@ -287,7 +297,14 @@ def _implementation(backend: str) -> ModuleType:
 
 def _forward(hidden_states: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *flat, policy, backend = arguments
-    return _implementation(backend).decode_forward(hidden_states, _unflatten(*flat), policy)
+    layer = _unflatten(*flat)
+    name = _backend_of(hidden_states, layer, backend)
+    try:
+        return _implementation(name).decode_forward(hidden_states, layer, policy)
+    except NoRoomError:
+        if backend != "auto":
+            raise
+        return _implementation("torch").decode_forward(hidden_states, layer, "auto")
 
 
 def _forward_fake(hidden_states: Tensor, router_weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ from flash_moe.schedule.trace import Trace
 # The interpreter's grid, and tiles that are few, since each costs a few PyTorch calls, but several a slot.
 NUM_PROGRAMS = 8
 CPU_TILES = Tiles(
-    route_experts=32, route_tokens=128, select_tokens=16, gate_up_columns=256, down_columns=512, combine_tokens=64, combine_columns=1024,
-    lead=2,
+    route_experts=32, route_tokens=128, select_tokens=16, gate_up_columns=256, down_columns=512, combine_tokens=64,
+    combine_columns=1024, lead=2,
 )  # fmt: skip
 # Elements of the weights that are gathered or widened at a time on a GPU, 512 MiB of float32.
 CUDA_CHUNK = 2**27
@@ -32,11 +32,11 @@ GATHERED_SHARE = 3
 def decode_forward(hidden_states: Tensor, layer: MoELayer, policy: str) -> tuple[Tensor, Tensor]:
     """``out [T, H]`` and the router's logits ``[T, E]``."""
     if hidden_states.device.type == "cpu":
-        return decode_interpreted(hidden_states, layer, policy, Trace())
+        return decode_traced(hidden_states, layer, policy, Trace())
     return decode_on_device(hidden_states, layer)
 
 
-def decode_interpreted(
+def decode_traced(
     hidden_states: Tensor, layer: MoELayer, policy: str, trace: Trace, tiles: Tiles = CPU_TILES
 ) -> tuple[Tensor, Tensor]:
     """Run the schedule's tasks one by one, in the order that ``policy`` gives, and fill ``trace``."""

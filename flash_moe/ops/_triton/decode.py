@@ -4,7 +4,6 @@ T tokens, H hidden size, I intermediate size, E experts, K experts a token, G pr
 ``decode_kernel.py``, the schedule that it runs in ``flash_moe.schedule.decode``.
 """
 
-import ctypes
 from collections import OrderedDict
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,24 +13,28 @@ import triton
 from torch import Tensor
 
 from flash_moe._checks import debug_enabled
-from flash_moe._moe_layer import MoELayer
+from flash_moe._moe_layer import MoELayer, NoRoomError
 from flash_moe.ops._triton.counters import LINE
 from flash_moe.ops._triton.decode_kernel import FEW, NUM_OWN, decode_kernel
+from flash_moe.ops._triton.decode_routing import TAKER_STRIDE
 from flash_moe.ops._triton.decode_trace import MAX_RECORDS, fill_trace, make_records
 from flash_moe.ops._triton.math import INTERPRETED
 from flash_moe.schedule.decode import SELECTED, Schedule, build_schedule
-from flash_moe.schedule.policies import AUTO
 from flash_moe.schedule.tasks import Sizes, Tiles
 from flash_moe.schedule.trace import Trace
 
 MAX_TOKENS, MAX_EXPERTS = 128, 1024
+# float8 and asynchronous copies.
+MIN_CAPABILITY = (8, 9)
 # Polls that a program makes in all before it gives up: about a second, an atomic taking most of a microsecond.
 MAX_POLLS = 2**20
-# Comparisons of keys at once.
-RANK_COMPARISONS = 2**14
+# Comparisons of keys at once. More would be code that runs once, and code that runs once comes from memory.
+RANK_COMPARISONS = 2**12
 # State of this many calls that may be captured is made beside that of a stream, zeroed before any capture begins.
 GRAPH_STATES = 64
 MAX_REMEMBERED = 256
+# Up to which "auto" is the static policy.
+MAX_STATIC_TOKENS = 2
 # Of a multiprocessor.
 REGISTERS = 2**16
 # Rows of scratch begin a cache line, whatever the dtype.
@@ -49,8 +52,6 @@ class Config(NamedTuple):
     num_warps: int = 4
     programs: int = 2
     """At most, on a multiprocessor."""
-    prefetch: bool = True
-    """Bring a tile's down weights into the L2 cache while it waits."""
     schedulers: int = 1
     batch: int = 2**20
     """Tasks that a scheduler hands out at once, at most."""
@@ -62,14 +63,17 @@ class Config(NamedTuple):
 
 
 def config_of(T: int, itemsize: int) -> Config:
-    return Config()
+    """Measured on an H200 with the sizes of Qwen3-30B-A3B, for tokens and weights of ``itemsize`` bytes an element."""
+    if T <= 4:
+        return Config(32, 64, 256 // itemsize, 256 // itemsize, stages=4)
+    return Config(64, 128, 128 // itemsize, 128 // itemsize, stages=6)
 
 
 def tiles_of(sizes: Sizes, config: Config, G: int) -> Tiles:
     few = sizes.T <= 16
     return Tiles(
         route_experts=1 if few else 16,
-        route_tokens=16,
+        route_tokens=16 if few else 8,
         select_tokens=1,
         gate_up_columns=config.gate_up_rows,
         down_columns=config.down_rows,
@@ -135,8 +139,8 @@ class _Call(NamedTuple):
         """Pairs and weights begin as numbers in range: a program that gave up waiting must not write astray."""
         T, E, block_e = self.sizes.T, self.sizes.E, triton.next_power_of_2(self.sizes.E)
         words = {
-            "counters": (self.num_counters * LINE.value,), "flag": (1,), "takers": (E,), "pairs": (T, E),
-            "weights": (T * (E + 1),), "keys": (self.G, 2, block_e), "slots": (self.G, E),
+            "counters": (self.num_counters * LINE.value,), "flag": (1,), "takers": (E * TAKER_STRIDE.value,),
+            "pairs": (T, E), "weights": (T * (E + 1),), "keys": (self.G, 2, block_e), "slots": (self.G, E),
             "ready": (self.num_places,), "doorbells": (self.G * LINE.value,), "busy": (self.G,),
         }  # fmt: skip
         tensors = [
@@ -222,9 +226,17 @@ def decode_traced(hidden_states: Tensor, layer: MoELayer, policy: str, trace: Tr
     with torch.cuda.device_of(hidden_states):
         call = _call_of(hidden_states, layer)
         records = make_records(call.G, hidden_states.device)
-        _launch(call, hidden_states, layer, policy, logits, out, records)
-        fill_trace(trace, records, _scratches.get(call)[0].slots, plan(call).schedule, _policy_of(hidden_states, policy))
+        call = _launch(call, hidden_states, layer, policy, logits, out, records)
+        fill_trace(
+            trace, records, _scratches.get(call)[0].slots, plan(call).schedule, _policy_of(hidden_states, policy)
+        )
     return out, logits
+
+
+def takes(hidden_states: Tensor, layer: MoELayer) -> bool:
+    """Whether ``check_decode`` lets it pass, on a GPU that has what the kernel needs."""
+    is_small = hidden_states.shape[0] <= MAX_TOKENS and layer.router_weight.shape[0] <= MAX_EXPERTS
+    return is_small and torch.cuda.get_device_capability(hidden_states.device) >= MIN_CAPABILITY
 
 
 def check_decode(hidden_states: Tensor, layer: MoELayer) -> None:
@@ -245,6 +257,7 @@ def decode_forward(hidden_states: Tensor, layer: MoELayer, policy: str) -> tuple
 
     Raises:
         ValueError: the kernel does not take this call.
+        NoRoomError: its programs cannot all be on the device at once.
         RuntimeError: under ``FLASH_MOE_DEBUG=1`` a program has given up waiting, in this call or in an earlier one.
     """
     check_decode(hidden_states, layer)
@@ -261,18 +274,50 @@ def _make_outputs(hidden_states: Tensor, layer: MoELayer) -> tuple[Tensor, Tenso
 
 
 def _policy_of(x: Tensor, policy: str) -> str:
-    """The interpreter has one program, which is no actor's scheduler and worker at once."""
-    return AUTO if policy == "auto" or not x.is_cuda else policy
+    """Whose tiles are few is done sooner without a queue; then the last ones had better go to whoever is free.
+
+    The interpreter has one program, which is no actor's scheduler and worker at once.
+    """
+    if not x.is_cuda:
+        return "static"
+    if policy == "auto":
+        return "static" if x.shape[0] <= MAX_STATIC_TOKENS else "queue"
+    return policy
 
 
 def _call_of(x: Tensor, layer: MoELayer) -> _Call:
     sizes = _sizes_of(x, layer)
-    config = config_of(sizes.T, layer.down_proj.element_size())
+    config = config_of(sizes.T, x.element_size())
     return _Call(x.device, x.dtype, sizes, config, _num_programs(x.device, config))
+
+
+# Calls that were refused as many programs as their configuration asks for, and how many they have.
+_fewer: dict[_Call, _Call] = {}
 
 
 def _launch(
     call: _Call, x: Tensor, layer: MoELayer, policy: str, logits: Tensor, out: Tensor, records: Tensor | None = None
+) -> _Call:
+    """All programs at once, of as many as there is room for; gives the call as it was made."""
+    call = _fewer.get(call, call)
+    while True:
+        try:
+            _launch_all(call, x, layer, policy, logits, out, records)
+            return call
+        except (RuntimeError, triton.runtime.errors.OutOfResources) as error:
+            if not isinstance(error, triton.runtime.errors.OutOfResources) and "cooperative" not in str(error):
+                raise
+            programs = call.config.programs - 1
+            if programs == 0:
+                raise NoRoomError(
+                    f"flash_decode: expected room for a program on each multiprocessor; got {error}"
+                ) from error
+            config = call.config._replace(programs=programs)
+            call = _fewer[call] = call._replace(config=config, G=_num_programs(call.device, config))
+
+
+def _launch_all(
+    call: _Call, x: Tensor, layer: MoELayer, policy: str, logits: Tensor, out: Tensor, records: Tensor | None
 ) -> None:
     sizes, config, routing = call.sizes, call.config, layer.routing
     constants = kernel_constants(sizes, config, layer, _policy_of(x, policy), call.G, is_traced=records is not None)
@@ -334,12 +379,11 @@ def kernel_constants(
         "DOWN_SCALE": _scale_kind(layer.down_scale),
         "HAS_SHARED_GATE": layer.shared is not None and layer.shared.gate is not None,
         "POLICY": policy,
-        "PREFETCH": config.prefetch and not INTERPRETED,
         "TRACE": is_traced,
         "SCHEDULERS": config.schedulers,
         "BATCH": config.batch,
         "BLOCK_T": block_t,
-        "ROUTE_EXPERTS": tiles.route_experts,
+        "ROUTE_EXPERTS": 1 if tiles.route_experts == 1 else 16,
         "ROUTE_TOKENS": route_tokens,
         "ROUTE_H": min(route_h, max(16, triton.next_power_of_2(sizes.H))),
         "GATE_UP_ROWS": config.gate_up_rows,

@@ -29,6 +29,16 @@ def _times(weights, x, sums, scale_ptr, row, column, C: tl.constexpr, SCALE: tl.
 
 
 @triton.jit
+def _first_step(begin, turn, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The column at which a tile begins, before it goes round: each elsewhere.
+
+    Programs that start together would otherwise read the same columns of their rows at the same time, and a row of a
+    weight is often a power of two of bytes long: few of the memory's channels would be at work.
+    """
+    return (begin // ROWS + turn) % ((C + BLOCK - 1) // BLOCK) * BLOCK
+
+
+@triton.jit
 def gate_up(
     x_ptr,
     gate_ptr,
@@ -40,6 +50,7 @@ def gate_up(
     tokens,
     rows,
     is_token,
+    turn,
     first_up_row,
     STRIDE,
     H: tl.constexpr,
@@ -54,7 +65,8 @@ def gate_up(
     i = begin + tl.arange(0, ROWS)
     row = tl.minimum(i, end - 1)
     gate, up = tl.zeros([ROWS, N], tl.float32), tl.zeros([ROWS, N], tl.float32)
-    for first in tl.range(0, H, BLOCK_H, num_stages=STAGES):
+    first = _first_step(begin, turn, H, ROWS, BLOCK_H)
+    for _ in tl.range(0, H, BLOCK_H, num_stages=STAGES):
         h = first + tl.arange(0, BLOCK_H)
         mask = (i < end)[:, None] & (h < H)[None, :]
         gate_weights = tl.load(gate_ptr + row[:, None] * H + h[None, :], mask=mask, other=0.0)
@@ -63,6 +75,7 @@ def gate_up(
         x = tl.load(x_ptr + tokens[None, :] * H + h[:, None], mask=mask, other=0.0)
         gate = _times(gate_weights, x, gate, gate_scale_ptr, row, first, H, SCALE)
         up = _times(up_weights, x, up, gate_scale_ptr, first_up_row + row, first, H, SCALE)
+        first = tl.where(first + BLOCK_H < H, first + BLOCK_H, 0)
     if SCALE == "row":
         gate *= tl.load(gate_scale_ptr + row)[:, None]
         up *= tl.load(gate_scale_ptr + first_up_row + row)[:, None]
@@ -84,6 +97,7 @@ def down(
     pairs,
     is_pair,
     weights,
+    turn,
     STRIDE,
     PRODUCT_STRIDE,
     I: tl.constexpr,
@@ -97,7 +111,8 @@ def down(
     h = begin + tl.arange(0, ROWS)
     row = tl.minimum(h, end - 1)
     sums = tl.zeros([ROWS, N], tl.float32)
-    for first in tl.range(0, I, BLOCK_I, num_stages=STAGES):
+    first = _first_step(begin, turn, I, ROWS, BLOCK_I)
+    for _ in tl.range(0, I, BLOCK_I, num_stages=STAGES):
         i = first + tl.arange(0, BLOCK_I)
         mask = (h < end)[:, None] & (i < I)[None, :]
         down_weights = tl.load(down_ptr + row[:, None] * I + i[None, :], mask=mask, other=0.0)
@@ -106,6 +121,7 @@ def down(
         at = activated_ptr + rows[None, :] * STRIDE + i[:, None]
         activated = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
         sums = _times(down_weights, activated, sums, scale_ptr, row, first, I, SCALE)
+        first = tl.where(first + BLOCK_I < I, first + BLOCK_I, 0)
     if SCALE == "row":
         sums *= tl.load(scale_ptr + row)[:, None]
     mask = (h < end)[:, None] & is_pair[None, :]

@@ -12,7 +12,7 @@ from flash_moe.ops._triton.counters import LINE, arrive, wait
 from flash_moe.ops._triton.decode_actor import STOP, WORDS_OF_TASK, push_released, push_stop, receive, run_scheduler
 from flash_moe.ops._triton.decode_experts import combine, down, gate_up
 from flash_moe.ops._triton.decode_records import DOORBELL, now, record
-from flash_moe.ops._triton.decode_routing import find_slots, pairs_of, route, select
+from flash_moe.ops._triton.decode_routing import TAKER_STRIDE, find_slots, pairs_of, route, select
 from flash_moe.schedule.decode import FINISHED, SELECTED
 from flash_moe.schedule.tasks import SHARED, Kind
 
@@ -77,7 +77,7 @@ def _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, NUM: tl.constexpr, BL
             tl.store(doorbells_ptr + program * LINE, tl.zeros([BLOCK_G], tl.int32), mask=is_program)
             tl.store(busy_ptr + program, tl.zeros([BLOCK_G], tl.int32), mask=is_program)
         tl.store(counters_ptr + counter * LINE, tl.zeros([BLOCK], tl.int32), mask=counter < NUM)
-        tl.store(takers_ptr + word, tl.zeros([BLOCK_TAKERS], tl.int32), mask=word < NUM_TAKERS)
+        tl.store(takers_ptr + word * TAKER_STRIDE, tl.zeros([BLOCK_TAKERS], tl.int32), mask=word < NUM_TAKERS)
 
 
 @triton.jit
@@ -142,7 +142,6 @@ def decode_kernel(
     DOWN_SCALE: tl.constexpr,
     HAS_SHARED_GATE: tl.constexpr,
     POLICY: tl.constexpr,
-    PREFETCH: tl.constexpr,
     TRACE: tl.constexpr,
     SCHEDULERS: tl.constexpr,
     BATCH: tl.constexpr,
@@ -178,8 +177,8 @@ def decode_kernel(
             if program == 0:
                 push_released(num_counters, hits, tasks_ptr, offsets_ptr, released_ptr, ready_ptr,
                               counters_ptr + READY * LINE)  # fmt: skip
-            polls_left = run_scheduler(ready_ptr, doorbells_ptr, busy_ptr, num_places, polls_left, trace_ptr, max_events,
-                                       TRACE, SCHEDULERS, BATCH, BLOCK_G)  # fmt: skip
+            polls_left = run_scheduler(ready_ptr, doorbells_ptr, busy_ptr, num_places, polls_left, trace_ptr,
+                                       max_events, TRACE, SCHEDULERS, BATCH, BLOCK_G)  # fmt: skip
             live = 0
     while n < live:
         following = n + num_programs
@@ -213,11 +212,7 @@ def decode_kernel(
                 fixed, per_hit = tl.load(task_ptr + 7), tl.load(task_ptr + 8)
                 start = now(TRACE)
                 required = fixed + per_hit * tl.maximum(hits, 0)
-                counter_ptr = counters_ptr + (NUM_OWN + counter) * LINE
-                if PREFETCH and kind == IS_DOWN:
-                    if tl.atomic_add(counter_ptr, 0, sem="relaxed") < required:
-                        _prefetch_down(down_ptr, slots_ptr, slot, begin, end, H, I, DOWN_ROWS)
-                polls_left = wait(counter_ptr, required, polls_left)
+                polls_left = wait(counters_ptr + (NUM_OWN + counter) * LINE, required, polls_left)
                 events = record(trace_ptr, events, max_events, -1 - counter, start, TRACE)
             start = now(TRACE)
             if kind == IS_ROUTE:
@@ -226,25 +221,28 @@ def decode_kernel(
             elif kind == IS_SELECT:
                 for token in range(first_token, end_token):
                     select(logits_ptr, bias_ptr, keys_ptr, pairs_ptr, weights_ptr, takers_ptr, token, T, factor, E, K,
-                           BLOCK_T > FEW, SCORING, HAS_BIAS, NORM, GROUPS, BEST_GROUPS, BLOCK_E, RANK_BLOCK)  # fmt: skip
+                           BLOCK_T > FEW, SCORING, HAS_BIAS, NORM, GROUPS, BEST_GROUPS, BLOCK_E,
+                           RANK_BLOCK)  # fmt: skip
                     if SHARED_I > 0:
                         _weigh_shared(x_ptr, shared_expert_gate_ptr, weights_ptr + T * E, token, H, HAS_SHARED_GATE,
                                       ROUTE_H)  # fmt: skip
             elif kind == IS_COMBINE:
-                combine(products_ptr, weights_ptr + T * E, out_ptr, begin, end, first_token, end_token, T, PRODUCT_STRIDE, H,
-                        K, SHARED_I > 0, COMBINE_COLUMNS, COMBINE_TOKENS)  # fmt: skip
+                combine(products_ptr, weights_ptr + T * E, out_ptr, begin, end, first_token, end_token, T,
+                        PRODUCT_STRIDE, H, K, SHARED_I > 0, COMBINE_COLUMNS, COMBINE_TOKENS)  # fmt: skip
             elif kind == IS_GATE_UP:
                 if SHARED_I > 0 and slot == SHARED_SLOT:
-                    _shared_gate_up(x_ptr, shared_gate_ptr, shared_up_ptr, activated_ptr, begin, end, T,
-                                    shared_row, ACTIVATED_STRIDE, H, HIDDEN_ACT, GATE_UP_ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
+                    _shared_gate_up(x_ptr, shared_gate_ptr, shared_up_ptr, activated_ptr, begin, end, T, shared_row,
+                                    ACTIVATED_STRIDE, H, HIDDEN_ACT, GATE_UP_ROWS, BLOCK_T, MANY_BLOCK,
+                                    MANY_STAGES)  # fmt: skip
                 else:
                     _routed_gate_up(x_ptr, gate_up_ptr, gate_up_scale_ptr, activated_ptr, takers_ptr, pairs_ptr,
                                     weights_ptr, slots_ptr, slot, T, begin, end, ACTIVATED_STRIDE, H, I, E, K,
                                     HIDDEN_ACT, GATE_UP_SCALE, GATE_UP_ROWS, BLOCK_T, BLOCK_H, STAGES)  # fmt: skip
             else:
                 if SHARED_I > 0 and slot == SHARED_SLOT:
-                    _shared_down(shared_down_ptr, activated_ptr, products_ptr, begin, end, T, shared_row, K, ACTIVATED_STRIDE,
-                                 PRODUCT_STRIDE, SHARED_I, DOWN_ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
+                    _shared_down(shared_down_ptr, activated_ptr, products_ptr, begin, end, T, shared_row, K,
+                                 ACTIVATED_STRIDE, PRODUCT_STRIDE, SHARED_I, DOWN_ROWS, BLOCK_T, MANY_BLOCK,
+                                 MANY_STAGES)  # fmt: skip
                 else:
                     _routed_down(down_ptr, down_scale_ptr, activated_ptr, products_ptr, takers_ptr, pairs_ptr,
                                  weights_ptr, slots_ptr, slot, T, begin, end, ACTIVATED_STRIDE, PRODUCT_STRIDE, H, I,
@@ -312,15 +310,17 @@ def _routed_gate_up(
     if BLOCK_T <= FEW:
         t = tl.arange(0, FEW)
         gate_up(x_ptr, gate_up_ptr, gate_up_ptr + I * H, scale_ptr, activated_ptr, begin, end, t, slot * T + t, t < T,
-                I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, FEW, BLOCK_H, STAGES)  # fmt: skip
-    elif tl.load(takers_ptr + e, cache_modifier=".cg") <= FEW:
-        tokens, pairs, weights, is_token = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, FEW, True)
+                e, I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, FEW, BLOCK_H, STAGES)  # fmt: skip
+    elif tl.load(takers_ptr + e * TAKER_STRIDE, cache_modifier=".cg") <= FEW:
+        tokens, pairs, _weights, is_token = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, FEW, True)
         gate_up(x_ptr, gate_up_ptr, gate_up_ptr + I * H, scale_ptr, activated_ptr, begin, end, tokens, pairs, is_token,
-                I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, FEW, BLOCK_H, STAGES)  # fmt: skip
+                e, I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, FEW, BLOCK_H, STAGES)  # fmt: skip
     else:
-        many, many_pairs, many_weights, is_one = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, BLOCK_T, True)
+        many, many_pairs, _many_weights, is_one = pairs_of(
+            takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, BLOCK_T, True
+        )
         gate_up(x_ptr, gate_up_ptr, gate_up_ptr + I * H, scale_ptr, activated_ptr, begin, end, many, many_pairs, is_one,
-                I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
+                e, I, STRIDE, H, HIDDEN_ACT, SCALE, ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
 
 
 @triton.jit
@@ -337,30 +337,17 @@ def _routed_down(
         # All tokens are taken along, so that nothing is looked up before the weights are on their way.
         t, pairs, weights, is_pair = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, FEW, False)
         down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, slot * T + t, t < T, pairs, is_pair, weights,
-             STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, FEW, BLOCK_I, STAGES)  # fmt: skip
-    elif tl.load(takers_ptr + e, cache_modifier=".cg") <= FEW:
-        tokens, pairs, weights, is_pair = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, FEW, True)
-        down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, pairs, is_pair, pairs, is_pair, weights,
+             e, STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, FEW, BLOCK_I, STAGES)  # fmt: skip
+    elif tl.load(takers_ptr + e * TAKER_STRIDE, cache_modifier=".cg") <= FEW:
+        _tokens, pairs, weights, is_pair = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, FEW, True)
+        down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, pairs, is_pair, pairs, is_pair, weights, e,
              STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, FEW, BLOCK_I, STAGES)  # fmt: skip
     else:
-        many_tokens, many, many_weights, is_one = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, BLOCK_T, True)
-        down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, many, is_one, many, is_one, many_weights,
-             STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
-
-
-@triton.jit
-def _prefetch_down(down_ptr, slots_ptr, slot, begin, end, H: tl.constexpr, I: tl.constexpr, ROWS: tl.constexpr):
-    """Ask for a tile's weights, into the L2 cache: they are known before what they are multiplied with."""
-    if slot >= 0:
-        e = tl.load(slots_ptr + slot).to(tl.int64)
-        PER_LINE: tl.constexpr = 1024 // down_ptr.dtype.element_ty.primitive_bitwidth
-        LINES: tl.constexpr = triton.next_power_of_2((I + PER_LINE - 1) // PER_LINE)
-        row = tl.minimum(begin + tl.arange(0, ROWS), end - 1)
-        column = tl.minimum(tl.arange(0, LINES) * PER_LINE, I - 1)
-        at = down_ptr + e * (H * I) + (row * I)[:, None] + column[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1
+        _many_tokens, many, many_weights, is_one = pairs_of(
+            takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, BLOCK_T, True
         )
+        down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, many, is_one, many, is_one, many_weights, e,
+             STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
 
 
 @triton.jit
@@ -376,8 +363,8 @@ def _shared_gate_up(
     HIDDEN_ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     t = tl.arange(0, BLOCK_T)
-    gate_up(x_ptr, gate_ptr, up_ptr, x_ptr, activated_ptr, begin, end, t, first_row + t, t < T, 0, STRIDE, H, HIDDEN_ACT,
-            "none", ROWS, BLOCK_T, BLOCK_H, STAGES)  # fmt: skip
+    gate_up(x_ptr, gate_ptr, up_ptr, x_ptr, activated_ptr, begin, end, t, first_row + t, t < T, 0, 0, STRIDE, H,
+            HIDDEN_ACT, "none", ROWS, BLOCK_T, BLOCK_H, STAGES)  # fmt: skip
 
 
 @triton.jit
@@ -387,5 +374,5 @@ def _shared_down(
 ):  # fmt: skip
     """Not weighted yet: it may run before the router."""
     t, ones = tl.arange(0, BLOCK_T), tl.full([BLOCK_T], 1.0, tl.float32)
-    down(down_ptr, down_ptr, activated_ptr, products_ptr, begin, end, first_row + t, t < T, T * K + t, t < T, ones, STRIDE,
-         PRODUCT_STRIDE, SHARED_I, "none", ROWS, BLOCK_T, BLOCK_I, STAGES)  # fmt: skip
+    down(down_ptr, down_ptr, activated_ptr, products_ptr, begin, end, first_row + t, t < T, T * K + t, t < T, ones, 0,
+         STRIDE, PRODUCT_STRIDE, SHARED_I, "none", ROWS, BLOCK_T, BLOCK_I, STAGES)  # fmt: skip

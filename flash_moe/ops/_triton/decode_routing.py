@@ -14,6 +14,8 @@ from flash_moe.ops._triton.math import accurate_exp, dot, round_for
 
 # Below every logit, and finite: a token of NaNs would subtract infinities.
 NO_LOGIT = tl.constexpr(-3.4e38)
+# A sector of the L2 cache for each expert's takers: additions to one sector take turns.
+TAKER_STRIDE = tl.constexpr(8)
 SMALLEST_KEY = tl.constexpr(-(2**31))
 LARGEST_KEY = tl.constexpr(2**31 - 1)
 TINY_SUM = tl.constexpr(TINY)
@@ -180,11 +182,11 @@ def select(
         if NORM:
             weights = weights / (tl.sum(weights, 0) + TINY_SUM)
     if IS_LISTED:
-        at = e * T + tl.atomic_add(takers_ptr + e, 1, mask=chosen, sem="relaxed")
+        at = e * T + tl.atomic_add(takers_ptr + e * TAKER_STRIDE, 1, mask=chosen, sem="relaxed")
     else:
         at = token * E + e
         bit = (tl.zeros([BLOCK_E], tl.int32) + 1) << token
-        tl.atomic_or(takers_ptr + e, bit, mask=chosen, sem="relaxed")
+        tl.atomic_or(takers_ptr + e * TAKER_STRIDE, bit, mask=chosen, sem="relaxed")
     tl.store(pairs_ptr + at, token * K + ranks, mask=chosen)
     tl.store(weights_ptr + at, weights * factor, mask=chosen)
 
@@ -194,7 +196,7 @@ def find_slots(takers_ptr, slots_ptr, E: tl.constexpr, BLOCK_E: tl.constexpr):
     """Writes each slot's expert into memory of the program's own; the number of slots hit."""
     e = tl.arange(0, BLOCK_E)
     # Past the L1 cache, as all that other programs write.
-    is_hit = tl.load(takers_ptr + e, mask=e < E, other=0, cache_modifier=".cg") != 0
+    is_hit = tl.load(takers_ptr + e * TAKER_STRIDE, mask=e < E, other=0, cache_modifier=".cg") != 0
     slot = tl.cumsum(is_hit.to(tl.int32), 0) - 1
     tl.store(slots_ptr + slot, e, mask=is_hit)
     tl.debug_barrier()  # all of it is there before any thread reads
@@ -206,7 +208,7 @@ def pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E: tl.constexpr, K: tl.co
              IS_LISTED: tl.constexpr):  # fmt: skip
     """``[N]``: tokens of expert e, their pairs and weights, and which of them there are. No load waits for another."""
     n = tl.arange(0, N)
-    takers = tl.load(takers_ptr + e, cache_modifier=".cg")
+    takers = tl.load(takers_ptr + e * TAKER_STRIDE, cache_modifier=".cg")
     at = e * T + n if IS_LISTED else n * E + e
     pairs = tl.load(pairs_ptr + at, mask=n < T, other=0, cache_modifier=".cg")
     weights = tl.load(weights_ptr + at, mask=n < T, other=0.0, cache_modifier=".cg")
