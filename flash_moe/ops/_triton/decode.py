@@ -28,8 +28,8 @@ MAX_TOKENS, MAX_EXPERTS = 128, 1024
 MIN_CAPABILITY = (8, 9)
 # Polls that a program makes in all before it gives up: about a second, an atomic taking most of a microsecond.
 MAX_POLLS = 2**20
-# Comparisons of keys at once. More would be code that runs once, and code that runs once comes from memory.
-RANK_COMPARISONS = 2**12
+# Comparisons of keys at once.
+RANK_COMPARISONS = 2**14
 # State of this many calls that may be captured is made beside that of a stream, zeroed before any capture begins.
 GRAPH_STATES = 64
 MAX_REMEMBERED = 256

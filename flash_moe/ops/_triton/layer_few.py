@@ -34,7 +34,7 @@ RANK_COMPARISONS = tl.constexpr(2**12)
 # A program of 8 warps has a row of gate and one of up for each warp; two programs an SM leave 128 registers a thread.
 NUM_WARPS, PROGRAMS_PER_SM, MAX_REGISTERS = 8, 2, 128
 ROWS, DOWN_ROWS, DOWN_CHUNKS = 8, 4, 8
-GATE_CHUNKS = 4
+GATE_CHUNKS = 2
 SMALLEST_KEY = tl.constexpr(-(2**31))
 LARGEST_KEY = tl.constexpr(2**31 - 1)
 
