@@ -108,8 +108,10 @@ def test_many_tokens_of_a_layer_with_everything(device):
 @pytest.mark.parametrize(
     "routing", [Routing(5), Routing(5, False, "sigmoid", "bias", 6, 3, 2.5)], ids=["softmax", "sigmoid-bias-groups"]
 )
-def test_experts_too_many_to_rank_at_once(routing, device):
-    x, layer = make_decode_inputs(1, 9, 5, 72, with_bias(routing, 72, device), torch.bfloat16, device)
+def test_experts_too_many_to_rank_at_once(routing, device, monkeypatch):
+    monkeypatch.setattr(kernel, "RANK_COMPARISONS", 2**8)
+    x, layer = make_decode_inputs(2, 9, 5, 24, with_bias(routing, 24, device), torch.bfloat16, device)
+    assert kernel.kernel_constants(*call_of(x, layer)[2:4], layer, "static", 1, is_traced=False)["RANK_BLOCK"] == 8
     assert_right(x, layer, run_kernel)
 
 
