@@ -249,7 +249,8 @@ def qwen3(T, dtype, device, seed=0, **options):
 def test_full_size(dtype, scale, policy, device):
     """Right at every number of tokens; the same bits in a hundred calls, and as the default policy's."""
     many, layer = qwen3(128, dtype, device, scale=scale)
-    for T in (1, 2, 4, 5, 8, 16, 17, 32, 64, 100, 128):
+    is_plain = dtype is torch.bfloat16 and scale == "none"
+    for T in (1, 2, 4, 8, 16, 17, 32, 64, 100, 128) if is_plain else (1, 5, 17, 128):
         x = many[:T].contiguous()
         assert_right(x, layer, lambda x, layer: run_kernel(x, layer, policy))
         first, _ = run_kernel(x, layer)
