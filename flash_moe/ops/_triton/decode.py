@@ -247,7 +247,7 @@ def _num_programs(device: torch.device, config: Config) -> int:
 
 
 def _check_flag(state: State) -> None:
-    if state.flag.item():
+    if state.flag.any():
         state.flag.zero_()
         raise RuntimeError(
             f"flash_decode: expected every program to see the others' work within {MAX_POLLS} polls; one gave up, so "
