@@ -266,7 +266,8 @@ def _find_threshold(
     """How many sums of each list ``[2A]`` reach the threshold, and the threshold.
 
     K to WIDTH sums do; or more than WIDTH, and then fewer than K exceed it. Where ties are expected, bounds are sums
-    that occur, so that the search ends when none is left between them, and not only when no number is.
+    that occur, so that the search ends when none is left between them, and not only when no number is. A NaN is no
+    bound: it counts as above any threshold. There are none if the best sum is below infinity.
     """
     list = tl.arange(0, 2 * A)
     rank = list & (A - 1)
@@ -280,6 +281,7 @@ def _find_threshold(
     threshold = tl.max(tl.where(is_pair & (bound == bound), bound, float("-inf")))
     low = float("-inf")
     high = tl.load(ranked_ptr) + tl.load(ranked_ptr + R)
+    bounds_are_sums = EXPECTS_TIES & (high < float("inf"))
     length = _list_length(list, N, K, A)
     first_ptr = other_ptr + tl.where(list < A, 0, A)
     counts = tl.zeros_like(length)
@@ -290,18 +292,16 @@ def _find_threshold(
             counts, low = found, threshold
             if EXPECTS_TIES:  # the last sum of a list that reaches the threshold
                 last = fixed + tl.load(first_ptr + found - 1, mask=found > 0, other=0.0)
-                low = tl.min(tl.where((found > 0) & (last == last), last, float("inf")))
+                low = tl.where(bounds_are_sums, tl.min(tl.where(found > 0, last, float("inf"))), threshold)
         else:
             high = threshold
             if EXPECTS_TIES:  # the first that does not
                 first = fixed + tl.load(first_ptr + found, mask=found < length, other=0.0)
-                high = tl.max(tl.where(found < length, first, float("-inf")))
+                high = tl.where(bounds_are_sums, tl.max(tl.where(found < length, first, float("-inf"))), threshold)
         threshold = 0.5 * tl.maximum(low, -MAX_FLOAT) + 0.5 * tl.minimum(high, MAX_FLOAT)
-        is_open = (tl.sum(counts) > WIDTH) & (low < high)
-        if EXPECTS_TIES:  # ``high`` is left to try, too
-            threshold = tl.where(threshold > low, threshold, high)
-        else:
-            is_open &= (threshold > low) & (threshold < high)
+        is_between = (threshold > low) & (threshold < high)
+        is_open = (tl.sum(counts) > WIDTH) & (low < high) & (bounds_are_sums | is_between)
+        threshold = tl.where(threshold > low, threshold, high)  # a sum as the upper bound is left to try, too
     return counts, low
 
 
