@@ -279,9 +279,14 @@ def test_contiguity_does_not_matter(device):
         torch.testing.assert_close(run(x.t().contiguous().t(), strided, trace=Trace()), run(x, layer))
 
 
-def test_auto_is_torch(device):
-    x, layer = make_decode_inputs(6, 16, 8, 6, Routing(2), torch.float32, device)
+def test_auto_on_a_cpu_is_torch():
+    """On a GPU see test_decode_kernel.py."""
+    x, layer = make_decode_inputs(6, 16, 8, 6, Routing(2), torch.float32, "cpu")
     assert torch.equal(run(x, layer), run(x, layer, backend="torch"))
+
+
+def test_same_bits_on_every_run(device):
+    x, layer = make_decode_inputs(6, 16, 8, 6, Routing(2), torch.float32, device)
     assert torch.equal(run(x, layer), run(x, layer))
 
 
@@ -316,22 +321,22 @@ def test_compiles_whole_for_any_number_of_tokens(compiler, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("T", [1, 64])
 @pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, "none"), (torch.float16, "none"), (torch.bfloat16, "block")])
-def test_graph_replay_sees_changed_data_and_nothing_waits(T, dtype, scale, device):
+def test_graph_replay_without_a_schedule_sees_changed_data_and_nothing_waits(T, dtype, scale, device):
     x, layer = make_decode_inputs(T, 256, 128, 32, Routing(4), dtype, device, scale=scale)
-    run(x, layer)
+    run(x, layer, backend="torch")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(x, layer)
+        run(x, layer, backend="torch")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = run(x, layer)
+        out = run(x, layer, backend="torch")
     for seed in (1, 2):
         fresh, _ = make_decode_inputs(T, 256, 128, 32, Routing(4), dtype, device, seed)
         x.copy_(fresh)
         graph.replay()
-        torch.testing.assert_close(out, run(fresh, layer))
+        torch.testing.assert_close(out, run(fresh, layer, backend="torch"))
 
 
 # What it refuses
@@ -422,9 +427,9 @@ def test_gradients_are_refused(name, backend):
 
 
 @pytest.mark.gpu
-def test_no_schedule_runs_on_a_gpu_yet(device):
+def test_pytorch_runs_no_schedule_on_a_gpu(device):
     x, layer = make_decode_inputs(2, 16, 8, 6, Routing(2), torch.float32, device)
-    with pytest.raises(ValueError, match="policy: expected 'auto' with device cuda"):
-        run(x, layer, policy="static")
-    with pytest.raises(ValueError, match="trace: expected None with device cuda"):
-        run(x, layer, trace=Trace())
+    with pytest.raises(ValueError, match=r"policy: expected 'auto' with .*, which runs no schedule; got 'static'"):
+        run(x, layer, backend="torch", policy="static")
+    with pytest.raises(ValueError, match=r"trace: expected None with .*, which runs no schedule; got a Trace"):
+        run(x, layer, backend="torch", trace=Trace())

@@ -1,216 +1,468 @@
-"""The one-launch kernel of flash_decode: values for every option that it takes, ties, refusals, counters, graphs."""
+"""The one launch of flash_decode: values for every option, ties, refusals, waits that give up, graphs, a busy GPU."""
 
-import itertools
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
-from test_decode import DTYPES, describe, every_dtype, exact, op_arguments, run, with_bias
+from test_decode import DTYPES, ROUTINGS, assert_right, describe, every_dtype, op_arguments, run, with_bias
 from torch.library import opcheck
 
 from flash_moe._activations import ACTIVATIONS
-from flash_moe._moe_layer import Routing
-from flash_moe.testing import assert_no_worse_than, make_decode_inputs, poison_memory
+from flash_moe._moe_layer import NoRoomError, Routing
+from flash_moe.schedule.policies import POLICIES
+from flash_moe.schedule.trace import Trace
+from flash_moe.testing import make_decode_inputs, poison_memory
 
 pytest.importorskip("triton", reason="needs triton, which there is for Linux only")
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+from flash_moe.bench.timing import count_launches
 from flash_moe.ops._triton import decode as kernel
+from flash_moe.ops._triton.decode_kernel import ALL_SELECTED, LINE
 
-ROUTINGS = [
-    Routing(3, norm_topk_prob, scoring, "bias" if bias else None, routed_scaling_factor=factor)
-    for (norm_topk_prob, factor), scoring, bias in itertools.product(
-        ((True, 1.0), (False, 2.5)), ("softmax", "sigmoid"), (True, False)
-    )
-]
+every_policy = pytest.mark.parametrize("policy", POLICIES)
+SHARED = [(0, False), (40, False), (12, True)]
+FORMATS = [(dtype, scale) for scale in ("none", "row", "block") for dtype in DTYPES]
 
 
-def run_kernel(x, layer):
-    return run(x, layer, backend="triton", return_router_logits=True)
+@pytest.fixture(autouse=True)
+def scratch(device, monkeypatch):
+    """New scratch for every test; afterwards every call has left its counters as it found them and nobody gave up.
+
+    The interpreter's one program finds everything done whenever it waits; were it not so, 2^20 polls would take hours.
+    """
+    if device.type == "cpu":
+        monkeypatch.setattr(kernel, "MAX_POLLS", 100)
+    monkeypatch.setattr(kernel._scratches, "_of_stream", type(kernel._scratches._of_stream)())
+    monkeypatch.setattr(kernel, "_fewer", {})
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    for state, _ in kernel._scratches._of_stream.values():
+        assert_unused(state)
 
 
-def assert_right(x, layer):
-    """Logits no less exact than the reference's; given them, an output no less exact than the reference's."""
-    low, low_logits = run(x, layer, backend="reference", return_router_logits=True)
-    with poison_memory():
-        out, logits = run_kernel(x, layer)
-    assert logits.dtype == layer.router_weight.dtype
-    exact_logits = x.double() @ layer.router_weight.double().t()
-    assert_no_worse_than([low_logits], [exact_logits], [logits], ["logits"])
-    assert_no_worse_than([low], [exact(x, layer, logits)], [out], ["out"])
+def assert_unused(state):
+    for name in ("counters", "flag", "takers", "ready", "doorbells", "busy"):
+        assert not getattr(state, name).any(), name
+
+
+def call_of(x, layer):
+    call = kernel._call_of(x, layer)
+    return kernel._fewer.get(call, call)
+
+
+def scratch_of(x, layer):
+    return kernel._scratches.get(call_of(x, layer))
+
+
+def run_kernel(x, layer, policy="auto", **options):
+    return run(x, layer, backend="triton", policy=policy, return_router_logits=True, **options)
+
+
+# Values
+
+
+@pytest.mark.parametrize("shared", range(3), ids=["alone", "shared", "gated"])
+@pytest.mark.parametrize("number", range(len(ROUTINGS)), ids=[describe(routing) for routing in ROUTINGS])
+def test_every_combination_of_options(number, shared, device):
+    """Every routing with every kind of shared expert, and over all of these every dtype with every scale."""
+    dtype, scale = FORMATS[(number + 4 * shared) % len(FORMATS)]
+    Is, has_gate = SHARED[shared]
+    x, layer = make_decode_inputs(
+        2, 24, 20, 8, with_bias(ROUTINGS[number], 8, device), dtype, device, shared_intermediate_size=Is,
+        has_shared_gate=has_gate, scale=scale,
+    )  # fmt: skip
+    assert_right(x, layer, run_kernel)
 
 
 @every_dtype
-@pytest.mark.parametrize("routing", ROUTINGS, ids=describe)
-def test_every_combination_of_options(routing, dtype, device):
-    x, layer = make_decode_inputs(3, 40, 24, 12, with_bias(routing, 12, device), dtype, device)
-    assert_right(x, layer)
-
-
-@every_dtype
-@pytest.mark.parametrize("T", [1, 2, 3, 4])
 @pytest.mark.parametrize(
-    "H, I, E, K", [(1, 1, 1, 1), (37, 13, 9, 9), (600, 300, 5, 2), (64, 40, 33, 4), (9, 5, 300, 3)], ids=str
+    "T, H, I, E, K",
+    [(1, 1, 1, 1, 1), (2, 37, 13, 9, 9), (5, 150, 136, 3, 2), (17, 24, 40, 5, 2), (33, 9, 5, 3, 3), (128, 8, 4, 2, 1)],
+    ids=str,
 )
-def test_sizes(H, I, E, K, T, dtype, device):
+def test_sizes(T, H, I, E, K, dtype, device):
     x, layer = make_decode_inputs(T, H, I, E, Routing(K), dtype, device)
-    assert_right(x, layer)
+    assert_right(x, layer, run_kernel)
+
+
+@pytest.mark.parametrize("scale", ["row", "block"])
+@pytest.mark.parametrize("T, dtype", [*zip((33, 17, 3), DTYPES, strict=True)], ids=str)
+def test_scales_of_several_blocks(T, scale, dtype, device):
+    x, layer = make_decode_inputs(T, 150, 136, 2, Routing(1), dtype, device, scale=scale)
+    assert_right(x, layer, run_kernel)
+
+
+def test_many_tokens_of_a_layer_with_everything(device):
+    routing = with_bias(Routing(2, True, "sigmoid", "bias", 4, 2, 2.5), 8, device)
+    x, layer = make_decode_inputs(
+        33, 24, 8, 8, routing, torch.bfloat16, device, shared_intermediate_size=12, has_shared_gate=True, scale="row"
+    )
+    assert_right(x, layer, run_kernel)
 
 
 @pytest.mark.parametrize(
-    "config", [kernel.Config(lead=0), kernel.Config(8, 2, 2, 8), kernel.Config(4, 1, 5, 4)], ids=str
+    "routing", [Routing(5), Routing(5, False, "sigmoid", "bias", 6, 3, 2.5)], ids=["softmax", "sigmoid-bias-groups"]
 )
-def test_every_config_is_right(config, device, monkeypatch):
-    monkeypatch.setattr(kernel, "config_of", lambda T: config)
-    x, layer = make_decode_inputs(3, 300, 40, 12, Routing(3), torch.bfloat16, device)
-    assert_right(x, layer)
+def test_experts_too_many_to_rank_at_once(routing, device, monkeypatch):
+    monkeypatch.setattr(kernel, "RANK_COMPARISONS", 2**8)
+    x, layer = make_decode_inputs(2, 9, 5, 24, with_bias(routing, 24, device), torch.bfloat16, device)
+    assert kernel.kernel_constants(*call_of(x, layer)[2:4], layer, "static", 1, is_traced=False)["RANK_BLOCK"] == 8
+    assert_right(x, layer, run_kernel)
+
+
+@pytest.mark.parametrize("T", [3, 20])
+def test_every_token_on_the_same_experts(T, device):
+    x, layer = make_decode_inputs(1, 24, 8, 6, Routing(2), torch.bfloat16, device)
+    assert_right(x.expand(T, -1).contiguous(), layer, run_kernel)
 
 
 @pytest.mark.parametrize("hidden_act", list(ACTIVATIONS))
 def test_activations(hidden_act, device):
     x, layer = make_decode_inputs(2, 16, 8, 4, Routing(2), torch.float32, device)
-    assert_right(x, layer._replace(hidden_act=hidden_act))
+    assert_right(x, layer._replace(hidden_act=hidden_act), run_kernel)
 
 
 def test_a_router_in_float32(device):
     x, layer = make_decode_inputs(2, 48, 8, 6, Routing(2), torch.bfloat16, device)
-    assert_right(x, layer._replace(router_weight=layer.router_weight.float()))
+    assert_right(x, layer._replace(router_weight=layer.router_weight.float()), run_kernel)
 
 
-def test_no_tokens(device):
+@every_policy
+def test_no_tokens(policy, device):
     x, layer = make_decode_inputs(0, 16, 8, 6, Routing(2), torch.float32, device)
-    out, logits = run_kernel(x, layer)
+    out, logits = run_kernel(x, layer, policy)
     assert out.shape == (0, 16)
     assert logits.shape == (0, 6)
 
 
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
-def test_ties_go_to_the_lowest_ids(scoring, device):
+@pytest.mark.parametrize(
+    "routing", [Routing(5), Routing(5, scoring="sigmoid"), Routing(5, True, "sigmoid", None, 6, 3)]
+)
+def test_ties_go_to_the_lowest_ids(routing, device):
     """Logits of three values only; experts differ, so that the output tells which were chosen."""
-    E, K = 24, 5
-    _, layer = make_decode_inputs(4, 4, 1, E, Routing(K, scoring=scoring), torch.float32, device)
+    E = 24
+    _, layer = make_decode_inputs(4, 4, 1, E, routing, torch.float32, device)
     generator = torch.Generator(device).manual_seed(1)
-    router_weight = torch.randint(-1, 2, (E, 4), generator=generator, device=device).float()
-    layer = layer._replace(router_weight=router_weight)
-    out, logits = run_kernel(torch.eye(4, device=device), layer)
-    assert torch.equal(logits, router_weight.t())
-    torch.testing.assert_close(out, run(torch.eye(4, device=device), layer, backend="reference"), rtol=1e-5, atol=1e-6)
+    layer = layer._replace(router_weight=torch.randint(-1, 2, (E, 4), generator=generator, device=device).float())
+    assert_right(torch.eye(4, device=device), layer, run_kernel)
 
 
-def test_a_nan_spoils_its_own_token_only(device):
-    x, layer = make_decode_inputs(4, 16, 8, 6, Routing(2), torch.float32, device)
+@pytest.mark.parametrize("T", [4, 20])
+def test_a_nan_spoils_its_own_token_only(T, device):
+    x, layer = make_decode_inputs(T, 16, 8, 6, Routing(2), torch.float32, device, shared_intermediate_size=8)
     want, _ = run_kernel(x, layer)
     x[1, 3] = torch.nan
     out, _ = run_kernel(x, layer)
     assert out[1].isnan().all()
-    assert torch.equal(out[[0, 2, 3]], want[[0, 2, 3]])
+    others = [t for t in range(T) if t != 1]
+    assert torch.equal(out[others], want[others])
 
 
-def test_counters_serve_call_after_call(device):
-    _, layer = make_decode_inputs(2, 32, 24, 12, Routing(3), torch.bfloat16, device)
-    for seed in range(4):
-        x, _ = make_decode_inputs(2, 32, 24, 12, Routing(3), torch.bfloat16, device, seed)
-        assert_right(x, layer)
-    for scratch in kernel._scratches._of_stream.values():
-        assert not scratch.counters.any()
-        assert not scratch.flag.any()
+# What a call leaves to the next
 
 
-def test_giving_up_is_told_under_debug(device, monkeypatch):
-    """A counter that starts too low is never reached, and the call ends all the same."""
+@pytest.mark.parametrize("T", [2, 17])
+def test_a_call_takes_nothing_from_the_one_before(T, device):
+    """Other experts each time, and what the last call left in memory, but for the numbers of pairs, is NaN."""
+    _, layer = make_decode_inputs(T, 24, 8, 12, Routing(3), torch.bfloat16, device, shared_intermediate_size=8)
+    for seed in range(3):
+        x, _ = make_decode_inputs(T, 24, 8, 12, Routing(3), torch.bfloat16, device, seed)
+        assert_right(x, layer, run_kernel)
+        state, buffers = scratch_of(x, layer)
+        assert_unused(state)
+        for each in (*buffers, state.weights):
+            each.fill_(torch.nan)
+
+
+@every_policy
+def test_giving_up_is_told_under_debug(policy, device, monkeypatch):
+    """A counter that starts too low is never reached: the call ends all the same, and the next one is right."""
     x, layer = make_decode_inputs(1, 16, 8, 6, Routing(2), torch.float32, device)
-    want, _ = run_kernel(x, layer)
-    (scratch,) = (s for (_, shape), s in kernel._scratches._of_stream.items() if shape[1:5] == (torch.float32, 1, 2, 8))
-    monkeypatch.setattr(kernel, "MAX_POLLS", 3)
+    want, _ = run_kernel(x, layer, policy)
+    state, _ = scratch_of(x, layer)
     monkeypatch.setenv("FLASH_MOE_DEBUG", "1")
-    scratch.counters[kernel.ROUTED.value * kernel.LINE.value] = -5
-    with pytest.raises(RuntimeError, match=r"one gave up, so the output of this call, .* is wrong"):
-        run_kernel(x, layer)
-    monkeypatch.setattr(kernel, "MAX_POLLS", 2**20)
-    out, _ = run_kernel(x, layer)
-    assert torch.equal(out, want)
+    with monkeypatch.context() as patches:
+        patches.setattr(kernel, "MAX_POLLS", 3 if device.type == "cpu" else 2000)
+        state.counters[ALL_SELECTED.value * LINE.value] = -5
+        with pytest.raises(RuntimeError, match=r"one gave up, so the output of this call, .* is wrong"):
+            run_kernel(x, layer, policy)
+    assert_unused(state)
+    assert torch.equal(run_kernel(x, layer, policy)[0], want)
+
+
+# What every op promises
 
 
 def test_opcheck(device):
     x, layer = make_decode_inputs(3, 16, 8, 6, Routing(2), torch.float32, device)
-    *given, _ = op_arguments(x, layer)
-    opcheck(torch.ops.flash_moe.flash_decode.default, (*given, "triton"))
-
-
-def test_auto_does_not_choose_it(device, monkeypatch):
-    monkeypatch.setattr(kernel, "decode_forward", None)
-    x, layer = make_decode_inputs(1, 16, 8, 6, Routing(2), torch.float32, device)
-    run(x, layer)
+    *given, _, _ = op_arguments(x, layer)
+    opcheck(torch.ops.flash_moe.flash_decode.default, (*given, "queue", "triton"))
 
 
 @pytest.mark.parametrize(
-    "T, E, routing, options, message",
+    "T, E, message",
     [
-        (5, 6, Routing(2), {}, "hidden_states: expected at most 4 tokens .*; got 5"),
-        (1, 1025, Routing(2), {}, "router_weight: expected at most 1024 experts .*; got 1025"),
-        (1, 6, Routing(2, num_expert_groups=3, topk_groups=2), {}, "num_expert_groups: expected 1 .*; got 3"),
-        (1, 6, Routing(2), {"shared_intermediate_size": 8}, "shared_gate_proj: expected no shared expert .*; got one"),
-        (1, 6, Routing(2), {"scale": "row"}, "gate_up_scale: expected no float8 weights .*; got their scale"),
+        (129, 6, "hidden_states: expected at most 128 tokens .*; got 129; use backend"),
+        (1, 1025, "router_weight: expected at most 1024 experts .*; got 1025; use backend"),
     ],
 )
-def test_refusals_name_the_argument(T, E, routing, options, message, device):
-    x, layer = make_decode_inputs(T, 4, 2, E, routing, torch.float32, device, **options)
+def test_refusals_name_the_argument(T, E, message, device):
+    x, layer = make_decode_inputs(T, 4, 2, E, Routing(2), torch.float32, device)
     with pytest.raises(ValueError, match=message):
         run_kernel(x, layer)
 
 
-def test_there_is_one_policy(device):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has a clock")
+def test_no_trace_in_the_interpreter(device):
     x, layer = make_decode_inputs(1, 16, 8, 6, Routing(2), torch.float32, device)
-    with pytest.raises(ValueError, match=r'policy: expected .auto. with backend="triton"'):
-        run(x, layer, backend="triton", policy="queue")
+    with pytest.raises(ValueError, match=r'trace: expected None with backend="triton" in Triton.s interpreter'):
+        run_kernel(x, layer, trace=Trace())
 
 
-# At full size
+@every_policy
+def test_every_policy_gives_the_same_bits(policy, device):
+    """Where the interpreter has one program whatever the policy, that each is taken; on a GPU, for real."""
+    for T in (1, 17) if device.type == "cuda" else (1,):
+        x, layer = make_decode_inputs(T, 24, 20, 8, Routing(3), torch.bfloat16, device, shared_intermediate_size=8)
+        assert_right(x, layer, lambda x, layer: run_kernel(x, layer, policy))
+        assert torch.equal(run_kernel(x, layer, policy)[0], run_kernel(x, layer)[0])
 
 
-def qwen3(T, dtype, device, seed=0):
-    return make_decode_inputs(T, 2048, 768, 128, Routing(8), dtype, device, seed)
+# On a GPU, at the size of Qwen3-30B-A3B
+
+
+def qwen3(T, dtype, device, seed=0, **options):
+    return make_decode_inputs(T, 2048, 768, 128, Routing(8), dtype, device, seed, **options)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("T", [1, 2, 3, 4])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_full_size(T, dtype, device):
-    x, layer = qwen3(T, dtype, device)
-    assert_right(x, layer)
-    first, _ = run_kernel(x, layer)
-    for _ in range(100):
-        assert torch.equal(run_kernel(x, layer)[0], first)
+@every_policy
+@pytest.mark.parametrize(
+    "dtype, scale", [*((dtype, "none") for dtype in DTYPES), (torch.bfloat16, "row"), (torch.bfloat16, "block")],
+    ids=str,
+)  # fmt: skip
+def test_full_size(dtype, scale, policy, device):
+    """Right at every number of tokens; the same bits in a hundred calls, and as the default policy's."""
+    many, layer = qwen3(128, dtype, device, scale=scale)
+    is_plain = dtype is torch.bfloat16 and scale == "none"
+    for T in (1, 2, 4, 8, 16, 17, 32, 64, 100, 128) if is_plain else (1, 5, 17, 128):
+        x = many[:T].contiguous()
+        assert_right(x, layer, lambda x, layer: run_kernel(x, layer, policy))
+        first, _ = run_kernel(x, layer)
+        different = sum((run_kernel(x, layer, policy)[0] != first).any() for _ in range(100))
+        assert not different, f"T {T}"
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("T", [1, 4])
-def test_graph_replay_sees_changed_data_beside_eager_calls(T, device):
-    x, layer = qwen3(T, torch.bfloat16, device)
-    run_kernel(x, layer)
+def test_auto_takes_the_kernel_where_it_can(device):
+    for T, E, backend in ((1, 6, "triton"), (128, 6, "triton"), (129, 6, "torch"), (1, 1025, "torch")):
+        x, layer = make_decode_inputs(T, 64, 48, E, Routing(2), torch.bfloat16, device)
+        launches = {name: count_launches(partial(run, x, layer, backend=name)) for name in ("auto", backend)}
+        assert launches["auto"] == launches[backend]
+        assert torch.equal(run(x, layer), run(x, layer, backend=backend))
+    x, layer = make_decode_inputs(3, 64, 48, 6, Routing(2), torch.bfloat16, device)
+    trace = Trace()
+    assert torch.equal(run(x, layer, policy="queue", trace=trace), run(x, layer))
+    assert trace.policy == "queue"
+
+
+@pytest.mark.gpu
+@every_policy
+@pytest.mark.parametrize("T", [1, 64])
+def test_one_launch_that_allocates_nothing_but_its_results_and_waits_for_nothing(T, policy, device):
+    x, layer = make_decode_inputs(T, 256, 128, 32, Routing(4), torch.bfloat16, device)
+    run_kernel(x, layer, policy)
+    assert count_launches(lambda: run_kernel(x, layer, policy)) == 1
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_kernel(x, layer, policy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] - before == 2
+
+
+def capture(x, layer, policy, count):
+    """A graph of ``count`` calls, and their outputs."""
     graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        outs = [run_kernel(x, layer)[0] for _ in range(3)]
+        outs = [run_kernel(x, layer, policy)[0] for _ in range(count)]
+    return graph, outs
+
+
+@pytest.mark.gpu
+@every_policy
+@pytest.mark.parametrize("T", [1, 8, 64])
+def test_graph_replay_sees_changed_data_beside_eager_calls(T, policy, device):
+    x, layer = qwen3(T, torch.bfloat16, device)
+    inputs = [qwen3(T, torch.bfloat16, device, seed)[0] for seed in range(4)]
+    want = [run_kernel(each, layer, policy)[0].clone() for each in inputs]
+    graph, outs = capture(x, layer, policy, 3)
     other = torch.cuda.Stream()
-    other.wait_stream(torch.cuda.current_stream())
-    for seed in range(20):
-        fresh, _ = qwen3(T, torch.bfloat16, device, seed)
-        x.copy_(fresh)
+    for number in range(20):
+        x.copy_(inputs[number % 4])
+        torch.cuda.synchronize()
         graph.replay()
         with torch.cuda.stream(other):
-            beside, _ = run_kernel(fresh, layer)
+            beside = [run_kernel(each, layer, policy)[0] for each in inputs]
         torch.cuda.synchronize()
-        assert all(torch.equal(out, beside) for out in outs)
+        assert all(torch.equal(out, want[number % 4]) for out in outs)
+        assert all(map(torch.equal, beside, want))
 
 
 @pytest.mark.gpu
-def test_two_streams_at_once(device):
-    inputs = [qwen3(2, torch.bfloat16, device, seed) for seed in range(2)]
-    want = [run_kernel(*each)[0] for each in inputs]
+def test_graphs_beyond_the_states_set_aside_for_them(device, monkeypatch):
+    monkeypatch.setattr(kernel, "GRAPH_STATES", 1)
+    x, layer = make_decode_inputs(3, 136, 72, 10, Routing(3), torch.bfloat16, device)
+    want, _ = run_kernel(x, layer)
+    graph, outs = capture(x, layer, "auto", 3)
+    for _ in range(5):
+        for out in outs:
+            out.fill_(torch.nan)
+        graph.replay()
+        assert all(torch.equal(out, want) for out in outs)
+
+
+@pytest.mark.gpu
+@every_policy
+def test_two_streams_at_once(policy, device):
+    inputs = [qwen3(T, torch.bfloat16, device, T) for T in (2, 32)]
+    want = [run_kernel(*each, policy)[0] for each in inputs]
     streams = [torch.cuda.Stream() for _ in inputs]
     torch.cuda.synchronize()
     outs = [[], []]
     for _ in range(50):
         for stream, each, out in zip(streams, inputs, outs, strict=True):
             with torch.cuda.stream(stream):
-                out.append(run_kernel(*each)[0])
+                out.append(run_kernel(*each, policy)[0])
     torch.cuda.synchronize()
     for out, right in zip(outs, want, strict=True):
         assert all(torch.equal(each, right) for each in out)
+
+
+@triton.jit
+def _occupy(done_ptr, ns):
+    start = globaltimer()
+    while globaltimer() - start < ns:
+        pass
+    tl.store(done_ptr + tl.program_id(0), 1)
+
+
+def occupy(sms_left, ms, device):
+    """For some milliseconds leave room for other programs on only a few multiprocessors; by threads, not by memory."""
+    properties = torch.cuda.get_device_properties(device)
+    each = properties.max_threads_per_multi_processor // 1024
+    programs = each * properties.multi_processor_count - sms_left
+    done = torch.zeros(programs, dtype=torch.int32, device=device)
+    _occupy[(programs,)](done, int(ms * 1e6), num_warps=32)
+    return done
+
+
+@pytest.mark.gpu
+@every_policy
+@pytest.mark.parametrize("sms_left", [0, 1, 20])
+def test_a_partly_filled_gpu(sms_left, policy, device):
+    """The launch waits until there is room for all of its programs, and so do two of them."""
+    inputs = [qwen3(T, torch.bfloat16, device, T) for T in (1, 17)]
+    want = [run_kernel(*each, policy)[0] for each in inputs]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    occupy(sms_left, 0.1, device)  # compiled before it matters
+    torch.cuda.synchronize()
+    for _ in range(10):
+        with torch.cuda.stream(streams[2]):
+            done = occupy(sms_left, 4, device)
+        outs = []
+        for stream, each in zip(streams, inputs, strict=False):
+            with torch.cuda.stream(stream):
+                outs.append(run_kernel(*each, policy)[0])
+        torch.cuda.synchronize()
+        assert done.all()
+        assert all(map(torch.equal, outs, want))
+
+
+@pytest.mark.gpu
+@every_policy
+def test_fewer_programs_where_there_is_no_room_for_all(policy, device, monkeypatch):
+    x, layer = make_decode_inputs(5, 64, 48, 6, Routing(2), torch.bfloat16, device)
+    want, _ = run_kernel(x, layer, policy)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    monkeypatch.setattr(kernel, "_num_programs", lambda device, config: num_sms * 20 ** (config.programs - 1))
+    assert torch.equal(run_kernel(x, layer, policy)[0], want)
+    assert num_sms == call_of(x, layer).G
+    graph, (out,) = capture(x, layer, policy, 1)
+    out.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(out, want)
+
+
+@pytest.mark.gpu
+def test_no_room_at_all(device, monkeypatch):
+    """An explicit choice is refused; auto goes another way."""
+    monkeypatch.setattr(kernel, "_num_programs", lambda device, config: 5000)
+    x, layer = make_decode_inputs(5, 64, 48, 6, Routing(2), torch.bfloat16, device)
+    with pytest.raises(NoRoomError, match="expected room for a program on each multiprocessor"):
+        run_kernel(x, layer)
+    assert torch.equal(run(x, layer), run(x, layer, backend="torch"))
+
+
+@pytest.mark.gpu
+@every_policy
+@pytest.mark.parametrize("T", [1, 17])
+def test_trace(T, policy, device):
+    x, layer = qwen3(T, torch.bfloat16, device)
+    want, logits = run_kernel(x, layer, policy)
+    trace, start, end = Trace(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run_kernel(x, layer, policy, trace=trace)
+    with poison_memory():
+        start.record()
+        out, _ = run_kernel(x, layer, policy, trace=trace)
+        end.record()
+    torch.cuda.synchronize()
+    assert torch.equal(out, want)
+    assert (trace.policy, trace.clock) == (policy, "GPU")
+    assert trace.sizes == {"T": T, "H": 2048, "I": 768, "E": 128, "K": 8}
+    assert 0 < trace.end_ns < start.elapsed_time(end) * 1e6
+
+    call = call_of(x, layer)
+    schedule, experts = kernel.plan(call).schedule, logits.topk(8).indices.unique().tolist()
+    assert trace.num_programs == call.G
+    live = [schedule.nth_live(n, len(experts)) for n in range(schedule.num_live(len(experts)))]
+    tasks = [span for span in trace.tasks if span.kind != "dispatch"]
+    assert sorted(span.index for span in tasks) == sorted(live)
+    assert {span.expert for span in tasks} == {None, *experts}
+    for span in tasks:
+        task = schedule.tasks[span.index]
+        assert (span.kind, span.tile) == (task.kind.name.lower(), (task.begin, task.end))
+        assert span.expert == (experts[task.slot] if task.slot >= 0 else None)
+    assert any(span.kind == "dispatch" for span in trace.tasks) == (policy == "actor")
+
+    by_program = [[] for _ in range(trace.num_programs)]
+    for span in (*trace.tasks, *trace.waits):
+        assert 0 <= span.start_ns <= span.end_ns
+        by_program[span.program].append((span.start_ns, span.end_ns))
+    for spans in map(sorted, by_program):
+        assert all(before[1] <= after[0] for before, after in pairwise(spans))
+
+
+@pytest.mark.gpu
+@every_policy
+def test_a_task_starts_after_what_it_waits_for(policy, device):
+    """On the GPU's own clock, which all of its programs share."""
+    x, layer = qwen3(4, torch.bfloat16, device)
+    trace = Trace()
+    for _ in range(2):
+        run_kernel(x, layer, policy, trace=trace)
+    schedule = kernel.plan(call_of(x, layer)).schedule
+    spans = {span.index: span for span in trace.tasks if span.kind != "dispatch"}
+    last = {}
+    for index, span in spans.items():
+        counter = schedule.tasks[index].signals
+        last[counter] = max(last.get(counter, 0), span.start_ns)
+    for index, span in spans.items():
+        assert span.start_ns >= last.get(schedule.tasks[index].need.counter, 0)

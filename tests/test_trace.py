@@ -1,12 +1,13 @@
 """Traces: what they record of a call, what is computed from them, what they are written as, and the command."""
 
+import itertools
 import json
 import re
 import sys
-from itertools import pairwise
 
 import pytest
 import torch
+from matplotlib.image import imread
 
 from flash_moe import cli, flash_decode
 from flash_moe._moe_layer import Routing
@@ -80,9 +81,35 @@ def test_chrome_events(tmp_path):
     assert spans[1]["args"] == {"task": 4, "expert": 7, "tile": [8, 16], "bytes": 3000}
 
 
+def test_steps_of_the_clock():
+    trace = by_hand()
+    assert trace.step_ns == 2
+    trace.waits.append(WaitSpan(0, "an order", 10, 11))
+    assert trace.step_ns == 1
+    trace.clock = "GPU"
+    assert trace.summary().splitlines()[0] == "policy static, 2 programs, GPU time in steps of 1 ns; T 1"
+
+
+@pytest.mark.parametrize("num_programs", [2, 40, 264])
+def test_every_program_is_seen_in_the_picture(num_programs, tmp_path):
+    """Every second one is at work, all the time: along a column of pixels colours and white take turns."""
+    trace = Trace(
+        policy="static", clock="GPU", num_programs=num_programs,
+        tasks=[TaskSpan(program, "gate_up", 0, 1000) for program in range(0, num_programs, 2)],
+    )  # fmt: skip
+    draw_timeline(trace, tmp_path / "trace.png")
+    picture = imread(tmp_path / "trace.png")[:, :, :3]
+    red, _, blue = picture[:, picture.shape[1] // 2].T
+    is_blue = (red < 0.2) & (blue > 0.6)
+    starts = (is_blue[1:] & ~is_blue[:-1]).nonzero()[0]
+    assert len(starts) == num_programs // 2
+    assert is_blue.sum() >= 4 * len(starts)
+
+
 def test_an_empty_trace_has_no_surprises(tmp_path):
     trace = Trace()
     assert (trace.end_ns, trace.idle_share, trace.bytes_per_second, trace.phases()) == (0, 0.0, 0.0, [])
+    assert trace.step_ns == 0
     assert "0 waits" in trace.summary()
     draw_timeline(trace, tmp_path / "empty.png")
 
@@ -113,7 +140,7 @@ def test_no_program_does_two_things_at_once(policy):
     for program in range(6):
         spans = [span for span in (*trace.tasks, *trace.waits) if span.program == program]
         spans.sort(key=lambda span: (span.start_ns, span.end_ns))
-        for earlier, later in pairwise(spans):
+        for earlier, later in itertools.pairwise(spans):
             assert earlier.start_ns < earlier.end_ns <= later.start_ns
 
 
@@ -142,7 +169,8 @@ def call(monkeypatch, *arguments):
 @pytest.mark.parametrize("policy", ["auto", *POLICIES])
 def test_trace_command_writes_three_files(policy, monkeypatch, capsys, tmp_path):
     out = tmp_path / "new" / "folder"
-    assert call(monkeypatch, "--model", SIZES, "--tokens", 4, "--policy", policy, "--programs", 8, "--out", out) == 0
+    options = {"--model": SIZES, "--tokens": 4, "--policy": policy, "--programs": 8, "--out": out}
+    assert call(monkeypatch, "--simulate", *itertools.chain(*options.items())) == 0
     stem = f"{SIZES}_T4_{'static' if policy == 'auto' else policy}"
     assert {path.name for path in out.iterdir()} == {f"{stem}{ending}" for ending in (".json", ".png", ".txt")}
     printed = capsys.readouterr().out
@@ -151,6 +179,32 @@ def test_trace_command_writes_three_files(policy, monkeypatch, capsys, tmp_path)
     assert "8 programs, logical time; T 4, H 64, I 32, E 16, K 4" in summary
     assert (out / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / f"{stem}.json").read_text())["otherData"]["policy"] in POLICIES
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU its kernel is traced")
+def test_without_a_gpu_the_machine_is_simulated(monkeypatch, capsys, tmp_path):
+    assert call(monkeypatch, "--model", SIZES, "--out", tmp_path) == 0
+    assert "132 programs, logical time; T 1" in capsys.readouterr().out
+    assert call(monkeypatch, "--model", SIZES, "--no-simulate", "--out", tmp_path / "none") == 2
+    error = capsys.readouterr().err
+    assert "simulate: expected --simulate, since the kernel cannot run: there is no CUDA GPU" in error
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["auto", *POLICIES])
+def test_with_a_gpu_its_kernel_is_traced(policy, monkeypatch, capsys, tmp_path):
+    assert call(monkeypatch, "--model", "256x128x32x4", "--tokens", 3, "--policy", policy, "--out", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\d+ programs, GPU time in steps of \d+ ns; T 3, H 256, I 128, E 32, K 4", printed)
+    (written,) = tmp_path.glob("*.json")
+    found = json.loads(written.read_text())
+    assert found["otherData"]["policy"] in ((policy,) if policy != "auto" else POLICIES)
+    kinds = {event["name"] for event in found["traceEvents"] if event.get("cat") == "task"}
+    assert kinds - {"dispatch"} == {kind.name.lower() for kind in Kind}
+    assert len(list(tmp_path.glob("*.png"))) == len(list(tmp_path.glob("*.txt"))) == 1
+    assert call(monkeypatch, "--model", SIZES, "--programs", 8, "--out", tmp_path) == 2
+    assert "programs: expected to be given with --simulate only; got 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", tracing.MODELS)
@@ -182,7 +236,7 @@ def test_seed_changes_the_experts_and_nothing_else_does():
     ],
 )
 def test_mistakes_are_one_line(arguments, message, monkeypatch, capsys, tmp_path):
-    assert call(monkeypatch, *arguments, "--out", tmp_path / "out") == 2
+    assert call(monkeypatch, "--simulate", *arguments, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert error.startswith("flash-moe: error: ")
     assert error.count("\n") == 1

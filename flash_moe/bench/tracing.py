@@ -1,17 +1,27 @@
-"""The command ``trace``: the schedule of one decode call on a simulated GPU, as JSON, as a picture and in words."""
+"""The command ``trace``: what each program of one decode call does and when, as JSON, as a picture and in words.
+
+On a GPU this is the kernel's own record of a call whose weights are not in the cache; elsewhere, or if asked for, the
+schedule on a simulated GPU.
+"""
 
 import random
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
+from flash_moe._backend import why_not_triton
+from flash_moe._moe_layer import Routing
+from flash_moe.bench.timing import CudaTimer
+from flash_moe.ops.flash_decode import flash_decode
 from flash_moe.schedule.decode import Schedule, build_schedule, tile_sizes
 from flash_moe.schedule.machine import Slots
 from flash_moe.schedule.policies import AUTO, POLICIES, run_policy
 from flash_moe.schedule.tasks import Sizes
 from flash_moe.schedule.trace import Trace
+from flash_moe.testing import decode_arguments, make_decode_inputs
 
 # H, I, E, K and the intermediate size of the shared expert, from each model's published configuration.
 MODELS = {
@@ -21,6 +31,8 @@ MODELS = {
     "deepseek-v3": (7168, 2048, 256, 8, 2048),
 }
 H200_SMS = 132
+# Before the call that is traced: the kernel is compiled, and the clock is what it is at work.
+WARM_UP_CALLS = 50
 
 
 def trace(
@@ -31,21 +43,33 @@ def trace(
     tokens: Annotated[int, typer.Option(help="T, decoded in one call.")] = 1,
     policy: Annotated[str, typer.Option(help=f"auto, {', '.join(POLICIES)}.")] = "auto",
     programs: Annotated[
-        int, typer.Option(help="Of the simulated GPU; by default one for each SM of an H200.")
-    ] = H200_SMS,
-    seed: Annotated[int, typer.Option(help="Of the experts that the tokens choose, uniformly.")] = 0,
+        int | None, typer.Option(help="Of a simulated GPU only; by default one for each SM of an H200.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of the weights and tokens; in a simulation, of the experts that tokens choose.")
+    ] = 0,
+    is_simulated: Annotated[
+        bool | None,
+        typer.Option(
+            "--simulate/--no-simulate",
+            help="Logical time of a simulated GPU, or the kernel on this one; by default the kernel where it can run.",
+        ),
+    ] = None,
 ) -> None:
-    """Show which program does what and when in a flash_decode call, in the logical time of a simulated GPU."""
+    """Show which program does what and when in a flash_decode call, on this GPU or in the logical time of a model."""
     from flash_moe.bench.timeline import draw_timeline
 
     if policy not in ("auto", *POLICIES):
         raise ValueError(f"policy: expected one of auto, {', '.join(POLICIES)}; got {policy!r}")
-    policy = AUTO if policy == "auto" else policy
-    if policy == "actor" and programs < 2:
-        raise ValueError(f"programs: expected at least 2 with policy actor, a scheduler and a worker; got {programs}")
-    found = simulate(find_sizes(model, tokens), policy, programs, seed)
+    sizes = find_sizes(model, tokens)
+    if find_whether_to_simulate(is_simulated):
+        found = simulate(sizes, policy, H200_SMS if programs is None else programs, seed)
+    elif programs is None:
+        found = trace_kernel(sizes, policy, seed)
+    else:
+        raise ValueError(f"programs: expected to be given with --simulate only; got {programs}")
     out.mkdir(parents=True, exist_ok=True)
-    stem = out / f"{model}_T{tokens}_{policy}"
+    stem = out / f"{model}_T{tokens}_{found.policy}"
     summary, json, picture = (stem.with_name(stem.name + ending) for ending in (".txt", ".json", ".png"))
     summary.write_text(found.summary() + "\n", encoding="utf-8")
     found.write_chrome(json)
@@ -54,6 +78,14 @@ def trace(
     console.print(found.summary(), markup=False)
     for path in (summary, json, picture):
         console.print(f"wrote {path}", markup=False)
+
+
+def find_whether_to_simulate(asked: bool | None) -> bool:
+    """What was asked for, if it can be; by default whether the kernel cannot run."""
+    reason = why_not_triton("cuda") if torch.cuda.is_available() else "there is no CUDA GPU"
+    if asked is False and reason:
+        raise ValueError(f"simulate: expected --simulate, since the kernel cannot run: {reason}; got --no-simulate")
+    return reason is not None if asked is None else asked
 
 
 def find_sizes(model: str, tokens: int) -> Sizes:
@@ -70,8 +102,29 @@ def find_sizes(model: str, tokens: int) -> Sizes:
     return Sizes(tokens, H, I, E, K, shared)
 
 
+def trace_kernel(sizes: Sizes, policy: str, seed: int) -> Trace:
+    """One call of the kernel on random weights in bfloat16, none of them in the L2 cache."""
+    T, H, I, E, K = sizes.T, sizes.H, sizes.I, sizes.E, sizes.K
+    device, found = torch.device("cuda"), Trace()
+    x, layer = make_decode_inputs(
+        T, H, I, E, Routing(K), torch.bfloat16, device, seed,
+        shared_intermediate_size=sizes.shared_intermediate_size,
+    )  # fmt: skip
+    timer, given = CudaTimer(device, seconds=0), decode_arguments(layer)
+    for warm_up in range(WARM_UP_CALLS):  # the first of them traced, since tracing is compiled for itself
+        flash_decode(x, **given, backend="triton", policy=policy, trace=None if warm_up else found)
+    timer.flush()
+    flash_decode(x, **given, backend="triton", policy=policy, trace=found)
+    return found
+
+
 def simulate(sizes: Sizes, policy: str, num_programs: int, seed: int) -> Trace:
     """A call without arithmetic: each token takes K experts at random."""
+    policy = AUTO if policy == "auto" else policy
+    if policy == "actor" and num_programs < 2:
+        raise ValueError(
+            f"programs: expected at least 2 with policy actor, a scheduler and a worker; got {num_programs}"
+        )
     schedule = build_schedule(sizes, tile_sizes(sizes, num_programs), num_programs)
     trace = Trace()
     run_policy(schedule, policy, lambda: draw_slots(schedule, seed), lambda index: None, trace)

@@ -205,6 +205,10 @@ def _check_execution(x: Tensor, layer: MoELayer, backend: str, policy: str, trac
         raise TypeError(f"trace: expected a Trace or None; got {type(trace).__name__}")
     if backend == "triton" and (reason := why_not_triton(x.device.type)):
         raise ValueError(f"backend: triton cannot run here: {reason}")
+    if trace is not None and backend == "triton" and not x.is_cuda:
+        raise ValueError(
+            'trace: expected None with backend="triton" in Triton\'s interpreter, which has no clock; got a Trace'
+        )
     if (policy == "auto" and trace is None) or _backend_of(x, layer, backend) == "triton":
         return
     if backend == "reference" or x.device.type != "cpu":

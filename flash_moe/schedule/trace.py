@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ class Phase:
 class Trace:
     """Pass one to ``flash_decode(trace=...)``; every call starts it anew.
 
-    ``clock`` is "logical" where the schedule is interpreted: times are those of a model of a GPU, not of this machine.
+    ``clock`` is "GPU" where a kernel ran: times are what its programs read from the GPU's global timer. It is "logical"
+    where the schedule is interpreted: times are those of a model of a GPU, not of this machine.
     """
 
     policy: str = ""
@@ -77,6 +79,13 @@ class Trace:
     @property
     def end_ns(self) -> int:
         return max((span.end_ns for span in self.tasks), default=0)
+
+    @property
+    def step_ns(self) -> int:
+        """The smallest difference between two times, 0 where all are equal: on a GPU, the step of its timer."""
+        spans: list[TaskSpan | WaitSpan] = [*self.tasks, *self.waits]
+        times = sorted({time for span in spans for time in (span.start_ns, span.end_ns)})
+        return min((later - earlier for earlier, later in pairwise(times)), default=0)
 
     @property
     def nbytes(self) -> int:
@@ -115,8 +124,9 @@ class Trace:
     def summary(self) -> str:
         """Time, idle share and rate of each phase, the longest waits, and what waiting cost in all."""
         sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
+        steps = f" in steps of {self.step_ns} ns" if self.clock == "GPU" else ""
         lines = [
-            f"policy {self.policy}, {self.num_programs} programs, {self.clock} time; {sizes}",
+            f"policy {self.policy}, {self.num_programs} programs, {self.clock} time{steps}; {sizes}",
             f"{self.end_ns / 1e3:.2f} us, {self.idle_share:.1%} idle, {_tera(self.bytes_per_second)} TB/s",
             f"{'phase':<10}{'from, us':>10}{'to, us':>10}{'tasks':>8}{'idle':>8}{'TB/s':>8}",
         ]

@@ -1,0 +1,59 @@
+"""The soak of flash_decode in one launch, short: it passes, and it can fail."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton, which there is for Linux only")
+
+SIZES = ["--sizes", "256x128x32x4", "--tokens", "5", "--calls", "2000", "--every", "1000"]
+
+
+@pytest.fixture
+def soak_decode():
+    path = Path(__file__).parents[1] / "benchmarks" / "soak_decode.py"
+    spec = importlib.util.spec_from_file_location("soak_decode", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["static", "queue", "actor"])
+def test_two_thousand_calls(policy, soak_decode, capsys):
+    assert soak_decode.main([*SIZES, "--policy", policy]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.endswith("results verified")
+    assert len(lines) == 2
+    assert all(" 0 wrong rows" in line and " 0 flags" in line for line in lines)
+
+
+@pytest.mark.gpu
+def test_a_wrong_row_is_found(soak_decode, monkeypatch, capsys):
+    def spoil(*arguments):
+        questions = make_questions(*arguments)
+        questions[0].answers[0, 0, 0] += 1
+        return questions
+
+    make_questions = soak_decode.make_questions
+    monkeypatch.setattr(soak_decode, "make_questions", spoil)
+    assert soak_decode.main(SIZES) == 1
+    assert " 0 wrong rows" not in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.gpu
+def test_a_wrong_result_is_not_soaked(soak_decode, monkeypatch):
+    original = soak_decode._call
+    monkeypatch.setattr(soak_decode, "_call", lambda layer, backend, *rest: original(layer, backend, *rest) * (
+        1.05 if backend == "triton" else 1
+    ))  # fmt: skip
+    with pytest.raises(ValueError, match=r"T 1: expected the reference's output to 0.01; got an error of"):
+        soak_decode.main(SIZES)
+
+
+def test_token_counts_reach_from_one_to_the_most(soak_decode):
+    for count in (2, 24, 128):
+        found = soak_decode.draw_token_counts(count, soak_decode.random.Random(0))
+        assert len(set(found)) == count
+        assert (min(found), max(found)) == (1, 128)
