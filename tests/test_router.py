@@ -197,6 +197,25 @@ def test_nan_spoils_its_own_row_only(where, N, K, backend, device):
     assert dlogits.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in add:RuntimeWarning")  # numpy's, in the interpreter
+@both_backends
+def test_16_bit_logits_choose_what_the_same_float32_logits_choose(backend, device):
+    """Also among NaN, where the order is no promise: the search that expects ties must not count it as a bound."""
+    N, K = 24, 22
+    logits = torch.randn(2, 5, N, generator=torch.Generator().manual_seed(13)).to(device, torch.bfloat16)
+    logits[0, 0, 4], logits[1, 0, 9] = torch.inf, torch.inf
+    logits[:, 1, 1:9] = -torch.inf
+    logits[:, 2, 3] = torch.nan
+    logits[1, 3, 2] = torch.nan
+    logits[0, 4, 4], logits[1, 4, : N // 2] = torch.inf, -torch.inf
+    scores, indices = flash_router(logits, N, K, backend=backend)
+    assert_documented(logits[:, :2], K, scores[:2], indices[:2])
+    want_scores, want_indices = flash_router(logits.float(), N, K, backend=backend)
+    assert torch.equal(indices, want_indices)
+    assert torch.equal(scores.isnan(), want_scores.isnan())
+    assert torch.equal(scores.nan_to_num(), want_scores.to(torch.bfloat16).nan_to_num())
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # numpy's, in the interpreter
 @every_backend
 def test_sums_beyond_float16_keep_their_float32_order(backend, device):

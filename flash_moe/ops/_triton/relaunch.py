@@ -13,9 +13,9 @@ class Relaunch:
     """A kernel on a given grid, with its constants, for calls that differ in the addresses of their tensors alone.
 
     The arguments are the kernel's, in its order: tensors, always of the same dtypes and on the same device, which is
-    the current one; numbers, always the same; constants. The first call goes through Triton, which compiles. So does
-    every call with a tensor that does not begin at a multiple of 16 bytes, since that compiles to other code, and every
-    call that a profiler's hook watches.
+    the current one, or always None; numbers, always the same; constants. The first call goes through Triton, which
+    compiles. So does every call with a tensor that does not begin at a multiple of 16 bytes, since that compiles to
+    other code, and every call that a profiler's hook watches.
     """
 
     def __init__(
@@ -28,10 +28,10 @@ class Relaunch:
         self._rest = (*self._numbers, *(constants[name] for name in kernel.arg_names if name in constants))
         self._compiled: Any = None
 
-    def __call__(self, tensors: Sequence[Tensor], stream: int) -> None:
+    def __call__(self, tensors: Sequence[Tensor | None], stream: int) -> None:
         """``stream``: the handle of the current stream."""
-        addresses = [x.data_ptr() for x in tensors]
-        is_aligned = not any(address % ALIGNMENT for address in addresses)
+        addresses = [None if x is None else x.data_ptr() for x in tensors]
+        is_aligned = not any(address % ALIGNMENT for address in addresses if address is not None)
         compiled, hooks = self._compiled, triton.knobs.runtime
         if compiled is None or not is_aligned or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
             # The interpreter compiles nothing, and gives None.

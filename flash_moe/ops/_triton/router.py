@@ -29,29 +29,28 @@ MAX_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 SCORES, PROBABILITIES, RENORMALIZED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Keys that go through a network at a time, unless more must be kept: more does no less work and takes long to compile.
 MAX_SORT = 512
-# Up to this many keys a half both halves are ranked at once.
+# Up to this many keys a half both halves are ranked at once: 6.2 instead of 7.2 us at T 1, N 128, K 64.
 MAX_SIDE_BY_SIDE = 128
 # Up to this many experts a token all candidates are sorted, since that is sooner done than finding a threshold.
 MAX_TAKE_ALL = 16
 # A threshold with up to twice as many sums as needed is found in a step or two; above this the longer sort costs more.
 MAX_WIDE = 128
 # Sums that tie with the worst chosen and do not fit among the sorted go through networks of this size: bfloat16 logits
-# leave some five of them at N 320, K 512.
+# leave some five of them at N 320, K 512, and another network of 512 takes a third longer.
 MAX_EXTRA = 64
-# Sums of 16-bit logits tie.
-MAX_TIED_ITEMSIZE = 4
 # Keys a warp sorts: one warp a token is fastest as long as its registers hold them. 64-bit keys take twice as many,
 # and ever longer to compile.
 KEYS_PER_WARP, LONG_KEYS_PER_WARP = 1024, 128
-# Of neighbouring logits and scores a lane holds 16 bytes where it can; the networks are faster when they know.
-LANE_NBYTES = 16
+# A lane loads and stores so many neighbours in float32, and networks that know this are faster. In 16 bits, where it
+# would be twice as many, they are slower: 108 instead of 105 us at T 4096, N 320, K 512.
+FLOATS_PER_LANE = 4
 # Registers a thread, so that 32 one-warp programs fit a multiprocessor: 18 instead of 20 us at T 4096, N 128, K 64.
 SMALL_SORT, SMALL_SORT_REGISTERS, REGISTERS = 128, 64, 112
 # Gradients written at a time.
 BACKWARD_BLOCK_N = 512
-# Up to this many experts a token the backward compares each with all others. A program makes so many comparisons a
-# half, for at most so many tokens.
-MAX_ALL_PAIRS, NUM_COMPARED, MAX_BLOCK_T, COMPARE_WARPS = 32, 1024, 8, 1
+# Up to this many experts a token the backward compares each with all others, one of a token's experts a lane, for a few
+# tokens a warp: 17 instead of 42 us at T 32768, N 128, K 16, and 5.4 instead of 8.0 us at T 4096, K 32.
+MAX_ALL_PAIRS, MAX_BLOCK_T = 32, 4
 
 
 @triton.jit
@@ -152,67 +151,50 @@ def _rank_one_by_one(logits_ptr, scores_ptr, ids_ptr, N, R: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _rank_quickly(logits_ptr, scores_ptr, ids_ptr, N, R: tl.constexpr, BLOCK_N: tl.constexpr, VECTOR: tl.constexpr):
+def _per_element(halves, COUNT: tl.constexpr):
+    """A number of each half, COUNT times."""
+    HALVES: tl.constexpr = halves.shape[0]
+    return tl.reshape(tl.broadcast_to(halves[:, None], [HALVES, COUNT]), [HALVES * COUNT])
+
+
+@triton.jit
+def _rank_quickly(
+    logits_ptr,
+    half_stride,
+    scores_ptr,
+    ids_ptr,
+    N,
+    HALVES: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """One half; or both, in one chain of dependent steps in place of two, with twice as much in each."""
     LOG_N: tl.constexpr = log2(BLOCK_N)
     BITS: tl.constexpr = 23 if LOG_N < 9 else 31 - LOG_N
-    n = tl.arange(0, BLOCK_N)
-    x = _load(logits_ptr, n, n < N)
-    low, high = tl.reduce(x, 0, _nan_min), tl.reduce(x, 0, _nan_max)
-    keys = (_fixed_point(x, low, high, BITS) << LOG_N) | (BLOCK_N - 1 - n)
-    best = top(tl.where(n < N, keys, LOWEST), R, VECTOR)
-    ids = BLOCK_N - 1 - (best & (BLOCK_N - 1))
-    r = tl.arange(0, R)
-    is_key = (r < N) & (ids < N)
-    scores = _load(logits_ptr, ids, is_key)
+    i = tl.arange(0, HALVES * BLOCK_N)
+    n = i % BLOCK_N
+    x = _load(logits_ptr + i // BLOCK_N * half_stride, n, n < N)
+    halves = tl.reshape(x, [HALVES, BLOCK_N])
+    low, high = tl.reduce(halves, 1, _nan_min), tl.reduce(halves, 1, _nan_max)
+    steps = _fixed_point(x, _per_element(low, BLOCK_N), _per_element(high, BLOCK_N), BITS)
+    keys = tl.where(n < N, (steps << LOG_N) | (BLOCK_N - 1 - n), LOWEST)
+    ids = BLOCK_N - 1 - (top(keys, R, VECTOR, HALVES) & (BLOCK_N - 1))
+    r = tl.arange(0, HALVES * R)
+    is_key = (r % R < N) & (ids < N)
+    scores = _load(logits_ptr + r // R * half_stride, ids, is_key)
     tl.store(scores_ptr + r, scores)
     tl.store(ids_ptr + r, ids)
     # A better logit that was left out is in the same step of the fixed point as the last that was not.
-    last = tl.min(tl.where(is_key & (scores == scores), scores, float("inf")))
-    num_better = tl.sum(((x > last) & (n < N)).to(tl.int32)) - tl.sum(((scores > last) & is_key).to(tl.int32))
-    if (num_better == 0) & _are_finite(low, high):
+    last = tl.min(tl.reshape(tl.where(is_key & (scores == scores), scores, float("inf")), [HALVES, R]), 1)
+    num_better = tl.sum(((x > _per_element(last, BLOCK_N)) & (n < N)).to(tl.int32))
+    num_better -= tl.sum(((scores > _per_element(last, R)) & is_key).to(tl.int32))
+    if (num_better == 0) & _are_finite(tl.reduce(low, 0, _nan_min), tl.reduce(high, 0, _nan_max)):
         _settle(scores, scores_ptr, ids_ptr, tl.minimum(R, N), R)
     else:
         tl.debug_barrier()
-        _rank_one_by_one(logits_ptr, scores_ptr, ids_ptr, N, R, BLOCK_N)
-
-
-@triton.jit
-def _over(halves, COUNT: tl.constexpr):
-    """Two numbers, each COUNT times."""
-    return tl.reshape(tl.broadcast_to(halves[:, None], [2, COUNT]), [2 * COUNT])
-
-
-@triton.jit
-def _rank_side_by_side(
-    logits_ptr, half_stride, ranked_ptr, N, R: tl.constexpr, BLOCK_N: tl.constexpr, VECTOR: tl.constexpr
-):
-    """``_rank_quickly`` of both halves: one chain of dependent steps in place of two, with twice as much in each."""
-    LOG_N: tl.constexpr = log2(BLOCK_N)
-    BITS: tl.constexpr = 23 if LOG_N < 9 else 31 - LOG_N
-    i = tl.arange(0, 2 * BLOCK_N)
-    n = i % BLOCK_N
-    x = _load(logits_ptr + i // BLOCK_N * half_stride, n, n < N)
-    halves = tl.reshape(x, [2, BLOCK_N])
-    low, high = tl.reduce(halves, 1, _nan_min), tl.reduce(halves, 1, _nan_max)
-    keys = (_fixed_point(x, _over(low, BLOCK_N), _over(high, BLOCK_N), BITS) << LOG_N) | (BLOCK_N - 1 - n)
-    best = top(tl.where(n < N, keys, LOWEST), R, VECTOR, 2)
-    ids = BLOCK_N - 1 - (best & (BLOCK_N - 1))
-    s = tl.arange(0, 2 * R)
-    is_key = (s % R < N) & (ids < N)
-    scores = _load(logits_ptr + s // R * half_stride, ids, is_key)
-    ids_ptr = _as_ints(ranked_ptr + 2 * R)
-    tl.store(ranked_ptr + s, scores)
-    tl.store(ids_ptr + s, ids)
-    last = tl.min(tl.reshape(tl.where(is_key & (scores == scores), scores, float("inf")), [2, R]), 1)
-    num_better = tl.sum(((x > _over(last, BLOCK_N)) & (n < N)).to(tl.int32))
-    num_better -= tl.sum(((scores > _over(last, R)) & is_key).to(tl.int32))
-    if (num_better == 0) & _are_finite(tl.reduce(low, 0, _nan_min), tl.reduce(high, 0, _nan_max)):
-        _settle(scores, ranked_ptr, ids_ptr, tl.minimum(R, N), R)
-    else:
-        tl.debug_barrier()
-        for half in range(2):
-            half_ptr = logits_ptr + half * half_stride
-            _rank_one_by_one(half_ptr, ranked_ptr + half * R, ids_ptr + half * R, N, R, BLOCK_N)
+        for half in range(HALVES):
+            _rank_one_by_one(logits_ptr + half * half_stride, scores_ptr + half * R, ids_ptr + half * R, N, R, BLOCK_N)
 
 
 @triton.jit
@@ -266,7 +248,8 @@ def _find_threshold(
     """How many sums of each list ``[2A]`` reach the threshold, and the threshold.
 
     K to WIDTH sums do; or more than WIDTH, and then fewer than K exceed it. Where ties are expected, bounds are sums
-    that occur, so that the search ends when none is left between them, and not only when no number is.
+    that occur, so that the search ends when none is left between them, and not only when no number is. A NaN is no
+    bound: it counts as above any threshold. There are none if the best sum is below infinity.
     """
     list = tl.arange(0, 2 * A)
     rank = list & (A - 1)
@@ -280,6 +263,7 @@ def _find_threshold(
     threshold = tl.max(tl.where(is_pair & (bound == bound), bound, float("-inf")))
     low = float("-inf")
     high = tl.load(ranked_ptr) + tl.load(ranked_ptr + R)
+    bounds_are_sums = EXPECTS_TIES & (high < float("inf"))
     length = _list_length(list, N, K, A)
     first_ptr = other_ptr + tl.where(list < A, 0, A)
     counts = tl.zeros_like(length)
@@ -290,18 +274,16 @@ def _find_threshold(
             counts, low = found, threshold
             if EXPECTS_TIES:  # the last sum of a list that reaches the threshold
                 last = fixed + tl.load(first_ptr + found - 1, mask=found > 0, other=0.0)
-                low = tl.min(tl.where((found > 0) & (last == last), last, float("inf")))
+                low = tl.where(bounds_are_sums, tl.min(tl.where(found > 0, last, float("inf"))), threshold)
         else:
             high = threshold
             if EXPECTS_TIES:  # the first that does not
                 first = fixed + tl.load(first_ptr + found, mask=found < length, other=0.0)
-                high = tl.max(tl.where(found < length, first, float("-inf")))
+                high = tl.where(bounds_are_sums, tl.max(tl.where(found < length, first, float("-inf"))), threshold)
         threshold = 0.5 * tl.maximum(low, -MAX_FLOAT) + 0.5 * tl.minimum(high, MAX_FLOAT)
-        is_open = (tl.sum(counts) > WIDTH) & (low < high)
-        if EXPECTS_TIES:  # ``high`` is left to try, too
-            threshold = tl.where(threshold > low, threshold, high)
-        else:
-            is_open &= (threshold > low) & (threshold < high)
+        is_between = (threshold > low) & (threshold < high)
+        is_open = (tl.sum(counts) > WIDTH) & (low < high) & (bounds_are_sums | is_between)
+        threshold = tl.where(threshold > low, threshold, high)  # a sum as the upper bound is left to try, too
     return counts, low
 
 
@@ -457,43 +439,42 @@ def _router_fwd_kernel(
     BLOCK_N: tl.constexpr,
     SCRATCH: tl.constexpr,
     IS_QUICK: tl.constexpr,
-    IS_SIDE_BY_SIDE: tl.constexpr,
+    HALVES: tl.constexpr,
     TAKES_ALL: tl.constexpr,
-    LANE_NBYTES: tl.constexpr,
+    VECTOR: tl.constexpr,
     EXPECTS_TIES: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):
     """A token's scratch: 2R scores, 2R ids and 2A ends of lists; then WIDTH sums and WIDTH ids."""
     LOG_N: tl.constexpr = log2(BLOCK_N)
-    VECTOR: tl.constexpr = LANE_NBYTES * 8 // logits_ptr.dtype.element_ty.primitive_bitwidth
-    PAIR_VECTOR: tl.constexpr = LANE_NBYTES * 8 // scores_ptr.dtype.element_ty.primitive_bitwidth
     t = tl.program_id(0).to(tl.int64)
     logits_ptr += t * token_stride
     ranked_ptr = scratch_ptr + t * SCRATCH
+    ids_ptr = _as_ints(ranked_ptr + 2 * R)
+    if IS_QUICK:
+        for half in range(0, 2, HALVES):
+            half_ptr = logits_ptr + half * half_stride
+            _rank_quickly(
+                half_ptr, half_stride, ranked_ptr + half * R, ids_ptr + half * R, N, HALVES, R, BLOCK_N, VECTOR
+            )
+    else:
+        for half in range(2):
+            _rank_many(logits_ptr + half * half_stride, ranked_ptr + half * R, ids_ptr + half * R, N, R, BLOCK_N)
     row_log_sum, col_log_sum = 0.0, 0.0
-    if IS_SIDE_BY_SIDE:
-        _rank_side_by_side(logits_ptr, half_stride, ranked_ptr, N, R, BLOCK_N, VECTOR)
-    for half in range(2):
-        half_ptr = logits_ptr + half * half_stride
-        half_scores_ptr, half_ids_ptr = ranked_ptr + half * R, _as_ints(ranked_ptr + (2 + half) * R)
-        if IS_QUICK:
-            if not IS_SIDE_BY_SIDE:
-                _rank_quickly(half_ptr, half_scores_ptr, half_ids_ptr, N, R, BLOCK_N, VECTOR)
-        else:
-            _rank_many(half_ptr, half_scores_ptr, half_ids_ptr, N, R, BLOCK_N)
-        if OUTPUT == PROBABILITIES:
-            log_sum = _log_sum_exp(half_ptr, N, BLOCK_N)
+    if OUTPUT == PROBABILITIES:
+        for half in range(2):
+            log_sum = _log_sum_exp(logits_ptr + half * half_stride, N, BLOCK_N)
             tl.store(log_sums_ptr + half * T + t, log_sum)
             row_log_sum, col_log_sum = col_log_sum, log_sum
     tl.debug_barrier()
     if TAKES_ALL:
-        best, total = _sort_all(ranked_ptr, N, K, R, A, WIDTH, LOG_N, PAIR_VECTOR)
+        best, total = _sort_all(ranked_ptr, N, K, R, A, WIDTH, LOG_N, VECTOR)
     else:
         counts, low = _find_threshold(ranked_ptr, N, K, R, A, WIDTH, EXPECTS_TIES)
         total = tl.sum(counts)
         tl.store(_as_ints(ranked_ptr + 4 * R) + tl.arange(0, 2 * A), tl.cumsum(counts, 0))
         tl.debug_barrier()
-        best = _sort_chosen(ranked_ptr, total, low, N, R, A, WIDTH, EXTRA, LOG_N, IS_QUICK, PAIR_VECTOR)
+        best = _sort_chosen(ranked_ptr, total, low, N, R, A, WIDTH, EXTRA, LOG_N, IS_QUICK, VECTOR)
     if IS_QUICK:
         scores, ids = _settle_pairs(best, total, logits_ptr, half_stride, ranked_ptr, N, WIDTH, LOG_N)
     else:
@@ -539,7 +520,6 @@ def _router_bwd_kernel(
     K,
     BLOCK_N: tl.constexpr,
     K_POW2: tl.constexpr,
-    VECTOR: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):
     """dlogits[half, t, n] = the sum of dscores[t, k] over the k whose expert has n as that half's key.
@@ -556,7 +536,7 @@ def _router_bwd_kernel(
     row = ids // keys_per_half
     key = tl.where(half == 0, row, ids - row * keys_per_half)
     # Equal keys side by side, in a fixed order. N and K are below 2^16 and 2^13: 29 bits hold both, less the sign.
-    pairs = top(tl.where(k < K, (key.to(tl.int32) << log2(K_POW2)) | k, -1), K_POW2, VECTOR)
+    pairs = top(tl.where(k < K, (key.to(tl.int32) << log2(K_POW2)) | k, -1), K_POW2)
     order = pairs & (K_POW2 - 1)
     key = pairs >> log2(K_POW2)
     dscores = tl.load(dout_ptr + t * K + order, mask=pairs >= 0, other=0.0).to(tl.float32)
@@ -653,6 +633,7 @@ def _forward(router_logits: Tensor, scores: Tensor, log_sums: Tensor, output: in
     (_, T, N), K = router_logits.shape, scores.shape[1]
     indices = torch.empty_like(scores, dtype=torch.int64)
     meta, num_warps, registers = _shape_forward(N, K)
+    is_16_bit = router_logits.dtype != torch.float32
     scratch = torch.empty(T, meta["SCRATCH"], dtype=torch.float32, device=router_logits.device)
     # The interpreter has no registers to limit.
     limit = {"maxnreg": registers} if router_logits.is_cuda else {}
@@ -668,7 +649,8 @@ def _forward(router_logits: Tensor, scores: Tensor, log_sums: Tensor, output: in
             N,
             K,
             **meta,
-            EXPECTS_TIES=router_logits.itemsize < MAX_TIED_ITEMSIZE,
+            VECTOR=0 if is_16_bit else FLOATS_PER_LANE,
+            EXPECTS_TIES=is_16_bit,
             OUTPUT=output,
             num_warps=num_warps,
             **limit,
@@ -701,9 +683,8 @@ def _shape_forward(num_expert_keys: int, num_experts_per_tok: int) -> tuple[dict
         "BLOCK_N": block_n,
         "SCRATCH": max(4 * ranks + 2 * lists, 2 * width),
         "IS_QUICK": is_quick,
-        "IS_SIDE_BY_SIDE": is_quick and block_n <= MAX_SIDE_BY_SIDE,
+        "HALVES": 2 if is_quick and block_n <= MAX_SIDE_BY_SIDE else 1,
         "TAKES_ALL": takes_all,
-        "LANE_NBYTES": LANE_NBYTES,
     }
     longest = max(block_n, width)
     if is_quick:
@@ -750,10 +731,9 @@ def _backward(
     sizes = *grad_logits.stride()[:2], T, N, K
     with torch.cuda.device_of(grad_out):
         if k_pow2 <= MAX_ALL_PAIRS:
-            block_t = min(MAX_BLOCK_T, NUM_COMPARED // k_pow2**2)
+            block_t = min(MAX_BLOCK_T, MAX_ALL_PAIRS // k_pow2)
             grid = (triton.cdiv(T, block_t),)
-            _router_bwd_pairs_kernel[grid](*tensors, *sizes, block_t, block_n, k_pow2, output, num_warps=COMPARE_WARPS)
+            _router_bwd_pairs_kernel[grid](*tensors, *sizes, block_t, block_n, k_pow2, output, num_warps=1)
         else:
             num_warps = max(1, k_pow2 // KEYS_PER_WARP)
-            vector = LANE_NBYTES // 4 if grad_out.dtype == torch.float32 else 0
-            _router_bwd_kernel[(T, 2)](*tensors, *sizes, block_n, k_pow2, vector, output, num_warps=num_warps)
+            _router_bwd_kernel[(T, 2)](*tensors, *sizes, block_n, k_pow2, output, num_warps=num_warps)

@@ -1,0 +1,114 @@
+"""How the one launch of flash_decode is cut: tiles of the schedule, and the kernel's constants.
+
+T tokens, H hidden size, I intermediate size, E experts, K experts a token, G programs.
+"""
+
+from typing import NamedTuple
+
+import triton
+from torch import Tensor
+
+from flash_moe._moe_layer import MoELayer
+from flash_moe.schedule.tasks import Sizes, Tiles
+
+# Comparisons of keys at once.
+RANK_COMPARISONS = 2**14
+# Of a multiprocessor.
+REGISTERS = 2**16
+
+
+class Config(NamedTuple):
+    """How the work is cut, and what a program is."""
+
+    gate_up_rows: int = 32
+    down_rows: int = 64
+    block_h: int = 128
+    block_i: int = 128
+    stages: int = 4
+    num_warps: int = 4
+    programs: int = 2
+    """At most, on a multiprocessor."""
+    schedulers: int = 1
+    batch: int = 2**20
+    """Tasks that a scheduler hands out at once, at most."""
+
+    @property
+    def max_registers(self) -> int:
+        """Of a thread, so that the programs fit."""
+        return min(255, REGISTERS // (32 * self.num_warps * self.programs) // 8 * 8)
+
+
+def config_of(T: int, itemsize: int) -> Config:
+    """Measured on an H200 with the sizes of Qwen3-30B-A3B, for tokens and weights of ``itemsize`` bytes an element."""
+    if T <= 4:
+        return Config(32, 64, 256 // itemsize, 256 // itemsize, stages=4)
+    return Config(64, 128, 128 // itemsize, 128 // itemsize, stages=6)
+
+
+def tiles_of(sizes: Sizes, config: Config, G: int) -> Tiles:
+    few = sizes.T <= 16
+    return Tiles(
+        route_experts=1 if few else 16,
+        route_tokens=16 if few else 8,
+        select_tokens=1,
+        gate_up_columns=config.gate_up_rows,
+        down_columns=config.down_rows,
+        combine_tokens=_combine_tokens(sizes, config, G),
+        combine_columns=_combine_columns(config),
+        lead=max(1, -(-2 * G // -(-sizes.I // config.gate_up_rows))),
+    )
+
+
+def _combine_columns(config: Config) -> int:
+    return max(config.down_rows, 64)
+
+
+def _combine_tokens(sizes: Sizes, config: Config, G: int) -> int:
+    """So that most programs combine something at the end."""
+    columns = triton.cdiv(sizes.H, _combine_columns(config))
+    return min(8, triton.next_power_of_2(max(1, sizes.T * columns // G)))
+
+
+def kernel_constants(
+    sizes: Sizes, config: Config, layer: MoELayer, policy: str, G: int, *, is_traced: bool
+) -> dict[str, int | str | bool]:
+    routing, block_e = layer.routing, triton.next_power_of_2(sizes.E)
+    block_t = max(16, triton.next_power_of_2(sizes.T))
+    tiles = tiles_of(sizes, config, G)
+    route_tokens = min(tiles.route_tokens, triton.next_power_of_2(sizes.T)) if tiles.route_experts == 1 else 16
+    route_h = 4096 // route_tokens if tiles.route_experts == 1 else 512 // (sizes.itemsize // 2)
+    return {
+        "H": sizes.H, "I": sizes.I, "SHARED_I": sizes.shared_intermediate_size, "E": sizes.E, "K": sizes.K,
+        "SCORING": routing.scoring,
+        "HAS_BIAS": routing.correction_bias is not None,
+        "NORM": routing.norm_topk_prob,
+        "GROUPS": routing.num_expert_groups,
+        "BEST_GROUPS": routing.topk_groups,
+        "HIDDEN_ACT": layer.hidden_act,
+        "GATE_UP_SCALE": _scale_kind(layer.gate_up_scale),
+        "DOWN_SCALE": _scale_kind(layer.down_scale),
+        "HAS_SHARED_GATE": layer.shared is not None and layer.shared.gate is not None,
+        "POLICY": policy,
+        "TRACE": is_traced,
+        "SCHEDULERS": config.schedulers,
+        "BATCH": config.batch,
+        "BLOCK_T": block_t,
+        "ROUTE_EXPERTS": 1 if tiles.route_experts == 1 else 16,
+        "ROUTE_TOKENS": route_tokens,
+        "ROUTE_H": min(route_h, max(16, triton.next_power_of_2(sizes.H))),
+        "GATE_UP_ROWS": config.gate_up_rows,
+        "DOWN_ROWS": config.down_rows,
+        "COMBINE_COLUMNS": tiles.combine_columns,
+        "COMBINE_TOKENS": tiles.combine_tokens,
+        "BLOCK_H": min(config.block_h, max(16, triton.next_power_of_2(sizes.H))),
+        "BLOCK_I": min(config.block_i, max(16, triton.next_power_of_2(max(sizes.I, sizes.shared_intermediate_size)))),
+        "STAGES": config.stages,
+        "BLOCK_E": block_e,
+        "RANK_BLOCK": max(1, min(block_e, RANK_COMPARISONS // block_e)),
+    }  # fmt: skip
+
+
+def _scale_kind(scale: Tensor | None) -> str:
+    if scale is None:
+        return "none"
+    return "block" if scale.dim() == 3 else "row"
