@@ -135,7 +135,9 @@ class Load:
 
 def count_flags() -> int:
     """Streams and graphs in which a program has given up waiting."""
-    states = [*(state for state, _ in kernel._scratches._of_stream.values()), *kernel._scratches._of_graphs]
+    scratches = [prepared.scratch for prepared in kernel._prepared.values()]
+    states = [state for scratch in scratches for state, _ in scratch.of_stream.values()]
+    states += [state for scratch in scratches for state in scratch.of_graphs]
     return int(torch.cat([state.flag for state in states]).count_nonzero()) if states else 0
 
 

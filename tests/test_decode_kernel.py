@@ -1,5 +1,6 @@
 """The one launch of flash_decode: values for every option, ties, refusals, waits that give up, graphs, a busy GPU."""
 
+from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
 
@@ -21,6 +22,7 @@ from triton.language.extra.cuda import globaltimer
 
 from flash_moe.bench.timing import count_launches
 from flash_moe.ops._triton import decode as kernel
+from flash_moe.ops._triton import decode_config, decode_scratch
 from flash_moe.ops._triton.decode_kernel import ALL_SELECTED, LINE
 
 every_policy = pytest.mark.parametrize("policy", POLICIES)
@@ -36,13 +38,13 @@ def scratch(device, monkeypatch):
     """
     if device.type == "cpu":
         monkeypatch.setattr(kernel, "MAX_POLLS", 100)
-    monkeypatch.setattr(kernel._scratches, "_of_stream", type(kernel._scratches._of_stream)())
-    monkeypatch.setattr(kernel, "_fewer", {})
+    monkeypatch.setattr(kernel, "_prepared", OrderedDict())
     yield
     if device.type == "cuda":
         torch.cuda.synchronize()
-    for state, _ in kernel._scratches._of_stream.values():
-        assert_unused(state)
+    for prepared in kernel._prepared.values():
+        for state, _ in prepared.scratch.of_stream.values():
+            assert_unused(state)
 
 
 def assert_unused(state):
@@ -50,13 +52,14 @@ def assert_unused(state):
         assert not getattr(state, name).any(), name
 
 
-def call_of(x, layer):
-    call = kernel._call_of(x, layer)
-    return kernel._fewer.get(call, call)
+def prepared_for(x, layer, policy="auto", is_traced=False):
+    """What a call has left prepared for the next one like it."""
+    return kernel._prepared[kernel._key(x, layer, policy, is_traced)]
 
 
-def scratch_of(x, layer):
-    return kernel._scratches.get(call_of(x, layer))
+def scratch_of(x, layer, policy="auto"):
+    (scratch,) = prepared_for(x, layer, policy).scratch.of_stream.values()
+    return scratch
 
 
 def run_kernel(x, layer, policy="auto", **options):
@@ -109,10 +112,12 @@ def test_many_tokens_of_a_layer_with_everything(device):
     "routing", [Routing(5), Routing(5, False, "sigmoid", "bias", 6, 3, 2.5)], ids=["softmax", "sigmoid-bias-groups"]
 )
 def test_experts_too_many_to_rank_at_once(routing, device, monkeypatch):
-    monkeypatch.setattr(kernel, "RANK_COMPARISONS", 2**8)
+    monkeypatch.setattr(decode_config, "RANK_COMPARISONS", 2**8)
     x, layer = make_decode_inputs(2, 9, 5, 24, with_bias(routing, 24, device), torch.bfloat16, device)
-    assert kernel.kernel_constants(*call_of(x, layer)[2:4], layer, "static", 1, is_traced=False)["RANK_BLOCK"] == 8
     assert_right(x, layer, run_kernel)
+    prepared = prepared_for(x, layer)
+    constants = decode_config.kernel_constants(prepared.sizes, prepared.config, layer, "static", 1, is_traced=False)
+    assert constants["RANK_BLOCK"] == 8
 
 
 @pytest.mark.parametrize("T", [3, 20])
@@ -182,15 +187,14 @@ def test_a_call_takes_nothing_from_the_one_before(T, device):
 @every_policy
 def test_giving_up_is_told_under_debug(policy, device, monkeypatch):
     """A counter that starts too low is never reached: the call ends all the same, and the next one is right."""
+    monkeypatch.setattr(kernel, "MAX_POLLS", 3 if device.type == "cpu" else 2000)
     x, layer = make_decode_inputs(1, 16, 8, 6, Routing(2), torch.float32, device)
     want, _ = run_kernel(x, layer, policy)
-    state, _ = scratch_of(x, layer)
+    state, _ = scratch_of(x, layer, policy)
     monkeypatch.setenv("FLASH_MOE_DEBUG", "1")
-    with monkeypatch.context() as patches:
-        patches.setattr(kernel, "MAX_POLLS", 3 if device.type == "cpu" else 2000)
-        state.counters[ALL_SELECTED.value * LINE.value] = -5
-        with pytest.raises(RuntimeError, match=r"one gave up, so the output of this call, .* is wrong"):
-            run_kernel(x, layer, policy)
+    state.counters[ALL_SELECTED.value * LINE.value] = -5
+    with pytest.raises(RuntimeError, match=r"one gave up, so the output of this call, .* is wrong"):
+        run_kernel(x, layer, policy)
     assert_unused(state)
     assert torch.equal(run_kernel(x, layer, policy)[0], want)
 
@@ -318,7 +322,7 @@ def test_graph_replay_sees_changed_data_beside_eager_calls(T, policy, device):
 
 @pytest.mark.gpu
 def test_graphs_beyond_the_states_set_aside_for_them(device, monkeypatch):
-    monkeypatch.setattr(kernel, "GRAPH_STATES", 1)
+    monkeypatch.setattr(decode_scratch, "GRAPH_STATES", 1)
     x, layer = make_decode_inputs(3, 136, 72, 10, Routing(3), torch.bfloat16, device)
     want, _ = run_kernel(x, layer)
     graph, outs = capture(x, layer, "auto", 3)
@@ -394,7 +398,7 @@ def test_fewer_programs_where_there_is_no_room_for_all(policy, device, monkeypat
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     monkeypatch.setattr(kernel, "_num_programs", lambda device, config: num_sms * 20 ** (config.programs - 1))
     assert torch.equal(run_kernel(x, layer, policy)[0], want)
-    assert num_sms == call_of(x, layer).G
+    assert num_sms == prepared_for(x, layer, policy).num_programs
     graph, (out,) = capture(x, layer, policy, 1)
     out.fill_(torch.nan)
     graph.replay()
@@ -406,7 +410,7 @@ def test_no_room_at_all(device, monkeypatch):
     """An explicit choice is refused; auto goes another way."""
     monkeypatch.setattr(kernel, "_num_programs", lambda device, config: 5000)
     x, layer = make_decode_inputs(5, 64, 48, 6, Routing(2), torch.bfloat16, device)
-    with pytest.raises(NoRoomError, match="expected room for a program on each multiprocessor"):
+    with pytest.raises(NoRoomError, match="expected room for a program a multiprocessor"):
         run_kernel(x, layer)
     assert torch.equal(run(x, layer), run(x, layer, backend="torch"))
 
@@ -429,9 +433,9 @@ def test_trace(T, policy, device):
     assert trace.sizes == {"T": T, "H": 2048, "I": 768, "E": 128, "K": 8}
     assert 0 < trace.end_ns < start.elapsed_time(end) * 1e6
 
-    call = call_of(x, layer)
-    schedule, experts = kernel.plan(call).schedule, logits.topk(8).indices.unique().tolist()
-    assert trace.num_programs == call.G
+    schedule = prepared_for(x, layer, policy, is_traced=True).schedule
+    experts = logits.topk(8).indices.unique().tolist()
+    assert trace.num_programs == schedule.num_programs
     live = [schedule.nth_live(n, len(experts)) for n in range(schedule.num_live(len(experts)))]
     tasks = [span for span in trace.tasks if span.kind != "dispatch"]
     assert sorted(span.index for span in tasks) == sorted(live)
@@ -458,7 +462,7 @@ def test_a_task_starts_after_what_it_waits_for(policy, device):
     trace = Trace()
     for _ in range(2):
         run_kernel(x, layer, policy, trace=trace)
-    schedule = kernel.plan(call_of(x, layer)).schedule
+    schedule = prepared_for(x, layer, policy, is_traced=True).schedule
     spans = {span.index: span for span in trace.tasks if span.kind != "dispatch"}
     last = {}
     for index, span in spans.items():

@@ -76,6 +76,11 @@ def decode_traced(hidden_states: Tensor, layer: MoELayer, policy: str, trace: Tr
 
 def _decode(x: Tensor, layer: MoELayer, policy: str, trace: Trace | None) -> tuple[Tensor, Tensor]:
     check_decode(x, layer)
+    if trace is not None and INTERPRETED:
+        raise ValueError(
+            'trace: expected None with backend="triton" in Triton\'s interpreter, which has no clock; got a Trace; use '
+            'backend="torch"'
+        )
     out = torch.empty_like(x)
     logits = layer.router_weight.new_empty(x.shape[0], layer.router_weight.shape[0])
     if x.shape[0] > 0:

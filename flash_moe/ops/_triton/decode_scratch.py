@@ -47,7 +47,7 @@ class Scratch:
         self._make_states, self._make_buffers = make_states, make_buffers
         self.of_stream: OrderedDict[int, tuple[State, Buffers]] = OrderedDict()
         self._spare: list[State] = []
-        self._of_graphs: list[State] = []
+        self.of_graphs: list[State] = []
 
     def get(self, stream: int, *, is_capturing: bool) -> tuple[State, Buffers]:
         """For the current stream, whose handle is ``stream``; on a CPU 0."""
@@ -67,5 +67,5 @@ class Scratch:
     def _take_spare(self) -> State:
         if not self._spare:
             return self._make_states(1)[0]
-        self._of_graphs.append(self._spare.pop())
-        return self._of_graphs[-1]
+        self.of_graphs.append(self._spare.pop())
+        return self.of_graphs[-1]
