@@ -1,5 +1,7 @@
 """The one launch of flash_decode: values for every option, ties, refusals, waits that give up, graphs, a busy GPU."""
 
+import gc
+import weakref
 from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
@@ -331,6 +333,23 @@ def test_graphs_beyond_the_states_set_aside_for_them(device, monkeypatch):
             out.fill_(torch.nan)
         graph.replay()
         assert all(torch.equal(out, want) for out in outs)
+
+
+@pytest.mark.gpu
+def test_what_a_graph_reads_is_kept_when_its_shape_is_forgotten(device, monkeypatch):
+    """References are counted, since a replay that read freed memory might pass, or take the process with it."""
+    monkeypatch.setattr(kernel, "MAX_PREPARED", 1)
+    x, layer = make_decode_inputs(3, 64, 48, 6, Routing(2), torch.bfloat16, device)
+    want, _ = run_kernel(x, layer)
+    graph, (out,) = capture(x, layer, "auto", 1)
+    prepared = prepared_for(x, layer)
+    kept = [weakref.ref(each) for each in (*prepared._arrays, *prepared.scratch.of_graphs[-1])]
+    del prepared
+    run_kernel(x[:1], layer)  # another shape
+    gc.collect()
+    assert all(each() is not None for each in kept)
+    graph.replay()
+    assert torch.equal(out, want)
 
 
 @pytest.mark.gpu
