@@ -76,11 +76,6 @@ def decode_traced(hidden_states: Tensor, layer: MoELayer, policy: str, trace: Tr
 
 def _decode(x: Tensor, layer: MoELayer, policy: str, trace: Trace | None) -> tuple[Tensor, Tensor]:
     check_decode(x, layer)
-    if trace is not None and INTERPRETED:
-        raise ValueError(
-            'trace: expected None with backend="triton" in Triton\'s interpreter, which has no clock; got a Trace; use '
-            'backend="torch"'
-        )
     out = torch.empty_like(x)
     logits = layer.router_weight.new_empty(x.shape[0], layer.router_weight.shape[0])
     if x.shape[0] > 0:
@@ -92,6 +87,8 @@ def _decode(x: Tensor, layer: MoELayer, policy: str, trace: Trace | None) -> tup
 
 
 _prepared: OrderedDict[Hashable, "Prepared"] = OrderedDict()
+# What graphs read is kept for ever: how long they live is not known here.
+_captured: set["Prepared"] = set()
 
 
 def _launch(x: Tensor, layer: MoELayer, policy: str, logits: Tensor, out: Tensor, trace: Trace | None) -> None:
@@ -151,7 +148,6 @@ class Prepared:
         constants = kernel_constants(self.sizes, config, layer, self.policy, self.num_programs, is_traced=is_traced)
         constants |= {
             "BLOCK_G": triton.next_power_of_2(self.num_programs),
-            "NUM_COUNTERS": self._num_counters,
             "BLOCK_COUNTERS": triton.next_power_of_2(self._num_counters),
         }
         factor = float(layer.routing.routed_scaling_factor)
@@ -160,6 +156,8 @@ class Prepared:
     def __call__(self, x: Tensor, layer: MoELayer, logits: Tensor, out: Tensor, trace: Trace | None) -> None:
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
         is_capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if is_capturing:
+            _captured.add(self)
         state, buffers = self.scratch.get(stream, is_capturing=is_capturing)
         records = state.flag if trace is None else make_records(self.num_programs, x.device)
         shared = layer.shared or (None, None, None, None)

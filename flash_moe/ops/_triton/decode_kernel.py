@@ -61,7 +61,7 @@ def _nth_live(n, hits, slots, num_head, num_tail, gate_up_tiles, down_tiles, lea
 
 
 @triton.jit
-def _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, NUM: tl.constexpr, BLOCK: tl.constexpr,
+def _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, num, BLOCK: tl.constexpr,
            NUM_TAKERS: tl.constexpr, BLOCK_TAKERS: tl.constexpr, ready_ptr, doorbells_ptr, busy_ptr, num_places,
            POLICY: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
     """Whoever leaves last zeroes what the next call counts in: all have arrived, and nobody waits any more."""
@@ -76,11 +76,18 @@ def _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, NUM: tl.constexpr, BL
             is_program = program < tl.num_programs(0)
             tl.store(doorbells_ptr + program * LINE, tl.zeros([BLOCK_G], tl.int32), mask=is_program)
             tl.store(busy_ptr + program, tl.zeros([BLOCK_G], tl.int32), mask=is_program)
-        tl.store(counters_ptr + counter * LINE, tl.zeros([BLOCK], tl.int32), mask=counter < NUM)
+        tl.store(counters_ptr + counter * LINE, tl.zeros([BLOCK], tl.int32), mask=counter < num)
         tl.store(takers_ptr + word * TAKER_STRIDE, tl.zeros([BLOCK_TAKERS], tl.int32), mask=word < NUM_TAKERS)
 
 
-@triton.jit
+# Numbers that differ from one number of tokens to the next, for which nothing is to be compiled anew.
+NUMBERS = (
+    "max_polls", "T", "S", "num_selects", "num_head", "num_tail", "gate_up_tiles", "down_tiles", "lead", "max_events",
+    "num_counters", "num_places",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NUMBERS)
 def decode_kernel(
     x_ptr,
     router_ptr,
@@ -147,7 +154,6 @@ def decode_kernel(
     BATCH: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    NUM_COUNTERS: tl.constexpr,
     ROUTE_EXPERTS: tl.constexpr,
     ROUTE_TOKENS: tl.constexpr,
     ROUTE_H: tl.constexpr,
@@ -255,7 +261,7 @@ def decode_kernel(
                 arrive(counters_ptr + (NUM_OWN + signals) * LINE)
             events = record(trace_ptr, events, max_events, index, start, TRACE)
         n = following
-    _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, NUM_COUNTERS, BLOCK_COUNTERS, E, BLOCK_E,
+    _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, num_counters + NUM_OWN, BLOCK_COUNTERS, E, BLOCK_E,
            ready_ptr, doorbells_ptr, busy_ptr, num_places, POLICY, BLOCK_G)  # fmt: skip
 
 
