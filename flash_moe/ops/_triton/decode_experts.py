@@ -145,7 +145,7 @@ def combine(
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Output columns ``[begin, end)``: a token's pairs in ascending order of their experts, then the shared expert."""
+    """Output columns ``[begin, end)``: a token's pairs, best first, then the shared expert."""
     t, h = first_token + tl.arange(0, TOKENS), begin + tl.arange(0, COLUMNS)
     mask = (t < end_token)[:, None] & (h < end)[None, :]
     out = tl.zeros([TOKENS, COLUMNS], tl.float32)
