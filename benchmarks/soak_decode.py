@@ -136,7 +136,7 @@ class Load:
 def count_flags() -> int:
     """Streams and graphs in which a program has given up waiting."""
     scratches = [prepared.scratch for prepared in kernel._prepared.values()]
-    states = [state for scratch in scratches for state, _ in scratch.of_stream.values()]
+    states = [state for scratch in scratches for state in scratch.of_stream.values()]
     states += [state for scratch in scratches for state in scratch.of_graphs]
     return int(torch.cat([state.flag for state in states]).count_nonzero()) if states else 0
 

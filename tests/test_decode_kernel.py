@@ -24,7 +24,8 @@ from triton.language.extra.cuda import globaltimer
 
 from flash_moe.bench.timing import count_launches
 from flash_moe.ops._triton import decode as kernel
-from flash_moe.ops._triton import decode_config, decode_scratch
+from flash_moe.ops._triton import decode_config
+from flash_moe.ops._triton import scratch as scratch_module
 from flash_moe.ops._triton.decode_kernel import ALL_SELECTED, LINE
 
 every_policy = pytest.mark.parametrize("policy", POLICIES)
@@ -45,7 +46,7 @@ def scratch(device, monkeypatch):
     if device.type == "cuda":
         torch.cuda.synchronize()
     for prepared in kernel._prepared.values():
-        for state, _ in prepared.scratch.of_stream.values():
+        for state in prepared.scratch.of_stream.values():
             assert_unused(state)
 
 
@@ -60,8 +61,10 @@ def prepared_for(x, layer, policy="auto", is_traced=False):
 
 
 def scratch_of(x, layer, policy="auto"):
-    (scratch,) = prepared_for(x, layer, policy).scratch.of_stream.values()
-    return scratch
+    """The state and the buffers of the only stream that has called."""
+    prepared = prepared_for(x, layer, policy)
+    (stream,) = prepared.scratch.of_stream
+    return prepared.scratch.of_stream[stream], prepared._buffers[stream]
 
 
 def run_kernel(x, layer, policy="auto", **options):
@@ -324,7 +327,7 @@ def test_graph_replay_sees_changed_data_beside_eager_calls(T, policy, device):
 
 @pytest.mark.gpu
 def test_graphs_beyond_the_states_set_aside_for_them(device, monkeypatch):
-    monkeypatch.setattr(decode_scratch, "GRAPH_STATES", 1)
+    monkeypatch.setattr(scratch_module, "GRAPH_CALLS", 1)
     x, layer = make_decode_inputs(3, 136, 72, 10, Routing(3), torch.bfloat16, device)
     want, _ = run_kernel(x, layer)
     graph, outs = capture(x, layer, "auto", 3)

@@ -15,14 +15,15 @@ from triton.runtime.errors import OutOfResources
 
 from flash_moe._checks import debug_enabled
 from flash_moe._moe_layer import MoELayer, NoRoomError
-from flash_moe.ops._triton.counters import LINE
+from flash_moe.ops._triton.counters import LINE, MAX_POLLS
 from flash_moe.ops._triton.decode_config import Config, config_of, kernel_constants, tiles_of
 from flash_moe.ops._triton.decode_kernel import FEW, NUM_OWN, decode_kernel
 from flash_moe.ops._triton.decode_routing import TAKER_STRIDE
-from flash_moe.ops._triton.decode_scratch import Buffers, Scratch, State
+from flash_moe.ops._triton.decode_scratch import Buffers, State
 from flash_moe.ops._triton.decode_trace import MAX_RECORDS, fill_trace, make_records
 from flash_moe.ops._triton.math import INTERPRETED
 from flash_moe.ops._triton.relaunch import Relaunch
+from flash_moe.ops._triton.scratch import Scratch
 from flash_moe.schedule.decode import SELECTED, build_schedule
 from flash_moe.schedule.tasks import Sizes
 from flash_moe.schedule.trace import Trace
@@ -30,8 +31,6 @@ from flash_moe.schedule.trace import Trace
 MAX_TOKENS, MAX_EXPERTS = 128, 1024
 # float8 and asynchronous copies.
 MIN_CAPABILITY = (8, 9)
-# Polls that a program makes in all before it gives up: about a second, an atomic taking most of a microsecond.
-MAX_POLLS = 2**20
 # Up to which "auto" is the static policy.
 MAX_STATIC_TOKENS = 2
 # Rows of scratch begin a cache line, whatever the dtype.
@@ -140,7 +139,8 @@ class Prepared:
         self.schedule = build_schedule(self.sizes, tiles_of(self.sizes, config, self.num_programs), self.num_programs)
         arrays = self.schedule.serialize()
         self._arrays = [torch.tensor(array, dtype=torch.int32, device=x.device) for array in arrays]
-        self.scratch = Scratch(self._make_states, self._make_buffers)
+        self.scratch = Scratch(self._make_states, x.device)
+        self._buffers: dict[int, Buffers] = {}
         options: dict[str, Any] = {"num_warps": config.num_warps}
         if not INTERPRETED:
             # All programs at once or an error, since they wait for each other.
@@ -158,7 +158,7 @@ class Prepared:
         is_capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         if is_capturing:
             _captured.add(self)
-        state, buffers = self.scratch.get(stream, is_capturing=is_capturing)
+        state, buffers = self.scratch.get(stream), self._buffers_of(stream, is_capturing=is_capturing)
         records = state.flag if trace is None else make_records(self.num_programs, x.device)
         shared = layer.shared or (None, None, None, None)
         tensors = (
@@ -208,6 +208,16 @@ class Prepared:
         states = torch.zeros(count, sum(lines), dtype=torch.int32, device=self.device)
         found = [State(*each.split(lines)) for each in states]
         return [state._replace(weights=state.weights.view(torch.float32)) for state in found]
+
+    def _buffers_of(self, stream: int, *, is_capturing: bool) -> Buffers:
+        """A stream's own; a captured call's are in its graph's memory."""
+        if is_capturing:
+            return self._make_buffers()
+        if stream not in self._buffers:
+            self._buffers[stream] = self._make_buffers()
+            for given_up in self._buffers.keys() - self.scratch.of_stream.keys():
+                del self._buffers[given_up]
+        return self._buffers[stream]
 
     def _make_buffers(self) -> Buffers:
         sizes, (activated_stride, product_stride) = self.sizes, self._strides

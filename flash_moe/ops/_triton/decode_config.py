@@ -42,6 +42,8 @@ def config_of(T: int, itemsize: int) -> Config:
     """Measured on an H200 with the sizes of Qwen3-30B-A3B, for tokens and weights of ``itemsize`` bytes an element."""
     if T <= 4:
         return Config(32, 64, 256 // itemsize, 256 // itemsize, stages=4)
+    if T > 16 and itemsize == 4:  # no tensor cores: what many tokens need would not fit the registers
+        return Config(16, 32, 32, 32, stages=4)
     return Config(64, 128, 128 // itemsize, 128 // itemsize, stages=6)
 
 

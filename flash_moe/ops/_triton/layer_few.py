@@ -14,7 +14,7 @@ once more, and each adds its own columns of the output: rows of the MLP's last p
 before, and the experts' parts. So the chain of routing costs nothing but its own time, which reading 26 MB takes too.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +22,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_moe.ops._triton.counters import LINE, MAX_POLLS, arrive, wait_again
 from flash_moe.ops._triton.gate import _load_norm
 from flash_moe.ops._triton.math import accurate_exp, activation, round_for
-from flash_moe.ops._triton.programs import FIRST_COUNTER, LAUNCHES, LINE, MAX_POLLS, Counters, arrive, wait
 from flash_moe.ops._triton.relaunch import Relaunch
+from flash_moe.ops._triton.scratch import Scratch
 
 MAX_TOKENS, MAX_KEYS, MAX_CANDIDATES = 2, 256, 1024
-ROUTED, DONE = (tl.constexpr(FIRST_COUNTER + i) for i in range(2))
+# A cache line each: how many launches there were, and what the programs of one count.
+LAUNCHES, ROUTED, DONE = (tl.constexpr(i) for i in range(3))
+NUM_COUNTERS = 3
 # Comparisons of keys at once: 16 for each of 256 threads.
 RANK_COMPARISONS = tl.constexpr(2**12)
 # A program of 8 warps has a row of gate and one of up for each warp; two programs an SM leave 128 registers a thread.
@@ -338,7 +341,7 @@ def _layer_kernel(
     if program < NUM_ROUTERS:
         pairs_ptr = _as_ints(ranked_ptr + 6 * BLOCK_N)
         _list_pairs(pairs_ptr, K, R, BLOCK_R, RANK_COMPARISONS // BLOCK_R)
-        polls_left = wait(counters_ptr + ROUTED * LINE, launches, NUM_ROUTERS, polls_left)
+        polls_left = wait_again(counters_ptr + ROUTED * LINE, launches, NUM_ROUTERS, polls_left)
         STEP: tl.constexpr = T if T < NUM_ROUTERS else NUM_ROUTERS
         for t in range(program % STEP, T, STEP):
             log_sum = 0.0
@@ -361,7 +364,7 @@ def _layer_kernel(
             tl.debug_barrier()  # all have read before the next token's ranks are there
         arrive(counters_ptr + DONE * LINE)
     num_arrivals = NUM_ROUTERS + num_programs - FIRST_GATED
-    polls_left = wait(counters_ptr + DONE * LINE, launches, num_arrivals, polls_left)
+    polls_left = wait_again(counters_ptr + DONE * LINE, launches, num_arrivals, polls_left)
     for block in range(BLOCKS):
         row = first_row + block * DOWN_ROWS + tl.arange(0, DOWN_ROWS)
         routed = ()
@@ -408,6 +411,7 @@ class _Sizes(NamedTuple):
 class _Plan(NamedTuple):
     launch: Relaunch
     scratch_numel: int
+    counters: Scratch[Tensor]
 
 
 def takes(T: int, num_expert_keys: int, num_experts_per_tok: int) -> bool:
@@ -444,14 +448,11 @@ def _launch(sizes: _Sizes, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor,
     indices = torch.empty(T, sizes.K, dtype=torch.int64, device=device)
     scratch = torch.empty(plan.scratch_numel, dtype=torch.float32, device=device)
     stream = triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
-    plan.launch((x, *weights, _counters.get(device, stream), scratch, logits, indices, out), stream)
+    plan.launch((x, *weights, plan.counters.get(stream), scratch, logits, indices, out), stream)
     return out, logits, indices
 
 
-_counters = Counters(2)
-
-
-@lru_cache(256)
+@lru_cache(None)  # a graph may read what it has
 def _plan(sizes: _Sizes, device: torch.device) -> _Plan:
     T, H, I, N, K, dtype, *_, eps, norm_topk_prob, hidden_act = sizes
     num_programs, options = 1, {}  # the interpreter runs programs one after another: one program of both kinds
@@ -462,7 +463,12 @@ def _plan(sizes: _Sizes, device: torch.device) -> _Plan:
     constants = kernel_constants(T, H, I, N, K, num_programs, dtype.itemsize)
     constants |= {"NORM": norm_topk_prob, "HIDDEN_ACT": hidden_act}
     launch = Relaunch(_layer_kernel, num_programs, (eps, MAX_POLLS), constants, num_warps=NUM_WARPS, **options)
-    return _Plan(launch, constants["ACTIVATED"] + triton.cdiv(T * I * dtype.itemsize, 4))
+    counters = Scratch(partial(_make_counters, device), device)
+    return _Plan(launch, constants["ACTIVATED"] + triton.cdiv(T * I * dtype.itemsize, 4), counters)
+
+
+def _make_counters(device: torch.device, count: int) -> list[Tensor]:
+    return list(torch.zeros(count, NUM_COUNTERS * LINE.value, dtype=torch.int32, device=device).unbind())
 
 
 def kernel_constants(T: int, H: int, I: int, N: int, K: int, num_programs: int, itemsize: int) -> dict[str, Any]:

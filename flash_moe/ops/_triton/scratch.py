@@ -1,0 +1,43 @@
+"""Memory in which the programs of one launch tell each other things: cleared before a first call, and whose it is."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+
+# As much is cleared for calls that may be captured, beside that of the first stream, before any capture begins.
+GRAPH_CALLS = 64
+MAX_STREAMS = 64
+
+T = TypeVar("T")
+
+
+class Scratch(Generic[T]):
+    """Made at the first call on a stream and kept; each captured call has some to itself, for ever.
+
+    A graph may run beside anything, and how long it lives is not known here. Clearing within a capture would be a
+    launch of its own on each replay, so what graphs will need is cleared before; beyond that it is done in the graph.
+    """
+
+    def __init__(self, make: Callable[[int], list[T]], device: torch.device) -> None:
+        """``make(count)`` gives so many, cleared, that share nothing."""
+        self._make, self._on_gpu = make, device.type == "cuda"
+        self.of_stream: OrderedDict[int, T] = OrderedDict()
+        self.of_graphs: list[T] = []
+        self._spare: list[T] | None = None
+
+    def get(self, stream: int) -> T:
+        """For the current stream of the device, whose handle is ``stream``; on a CPU 0."""
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
+            self.of_graphs.append(self._spare.pop() if self._spare else self._make(1)[0])
+            return self.of_graphs[-1]
+        found = self.of_stream.get(stream)
+        if found is None:
+            is_first = self._on_gpu and self._spare is None
+            found, *spare = self._make(1 + GRAPH_CALLS * is_first)
+            self._spare = (self._spare or []) + spare
+            self.of_stream[stream] = found
+            if len(self.of_stream) > MAX_STREAMS:
+                self.of_stream.popitem(last=False)
+        return found
