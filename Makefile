@@ -24,8 +24,11 @@ help:
 demo: $(call installed,train)
 	$(PYTHON) -m flash_moe train
 
+# A worker for each core where pytest-xdist is installed, beside which pytest-benchmark would warn.
+workers = $(shell $(PYTHON) -c "import importlib.util as u; print('-n auto -p no:benchmark' if u.find_spec('xdist') else '')")
+
 test: $(call installed,test)
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q $(workers)
 
 quality: $(call installed,dev)
 	$(PYTHON) -m ruff check .

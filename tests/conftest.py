@@ -21,7 +21,8 @@ if not HAS_GPU:
 RANKS_TIME_LIMIT = 100  # seconds, starting the processes included
 HAS_TRITON = find_spec("triton") is not None
 # Small tensors everywhere: on a large host the hand-out to a hundred threads would cost more than the work.
-torch.set_num_threads(min(torch.get_num_threads(), 4))
+# Of several workers each has its share of the cores.
+torch.set_num_threads(max(1, min(torch.get_num_threads(), 4) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
