@@ -481,7 +481,7 @@ def test_only_ours_must_fit_into_memory(monkeypatch, capsys, tmp_path, no_gpu, b
 
 def test_a_moved_clock_is_told(monkeypatch, capsys, tmp_path, no_gpu):
     clocks = iter([1000, 900])
-    monkeypatch.setattr(run, "_clock", lambda bench: next(clocks))
+    monkeypatch.setattr(run, "read_clock", lambda bench: next(clocks))
     options = ["--backend", "reference", "--case", "4x8x8", "--pass", "fwd", "--seconds", 0.001, "--commit", "abc"]
     assert call(monkeypatch, "bench", "mlp", *options, "--out", tmp_path / "rows.jsonl") == 0
     assert "moved from 1000 to 900 MHz" in capsys.readouterr().out

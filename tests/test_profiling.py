@@ -5,21 +5,13 @@ import io
 import pytest
 import torch
 from rich.console import Console
+from test_training import TINY_MODEL
 
 from flash_moe.training.loop import METRICS_FILE, PROFILE_FILE, read_json_lines, start_run, train
 from flash_moe.training.model import LanguageModel, LanguageModelConfig
 from flash_moe.training.presets import TrainConfig
 from flash_moe.training.profiling import CLIPPING, OPTIMIZER, REST, Item, StepProfile, describe, profile_step, summarize
 
-MODEL = LanguageModelConfig(
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    intermediate_size=8,
-    num_experts=25,
-    num_experts_per_tok=4,
-    context_length=12,
-)
 MOE, ATTENTION, NORMS = "FlashMoE layers", "attention", "norms"
 
 
@@ -79,7 +71,7 @@ def test_nothing_ran():
 @pytest.mark.parametrize("router_norm", ["batch", "rms"])
 def test_every_part_of_a_model_is_found(router_norm):
     torch.manual_seed(0)
-    model = LanguageModel(LanguageModelConfig(**{**vars(MODEL), "router_norm": router_norm}))
+    model = LanguageModel(LanguageModelConfig(**{**vars(TINY_MODEL), "router_norm": router_norm}))
     optimizer = torch.optim.AdamW(model.parameters())
     with profile_step(model) as profile:
         model(torch.randint(256, (2, 12))).logsumexp(-1).mean().backward()
@@ -96,7 +88,7 @@ def test_every_part_of_a_model_is_found(router_norm):
 def test_of_a_run_it_is_kept_and_changes_nothing_else(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {i} of a small text, {i * i} squared\n" for i in range(120)))
-    config = TrainConfig(model=MODEL, data=str(text), device="cpu", num_steps=3, batch_size=3, eval_windows=5)
+    config = TrainConfig(model=TINY_MODEL, data=str(text), device="cpu", num_steps=3, batch_size=3, eval_windows=5)
     rows = {}
     for name in ("plain", "profiled"):
         run = start_run(config, tmp_path / name)
@@ -111,15 +103,15 @@ def test_of_a_run_it_is_kept_and_changes_nothing_else(tmp_path):
     assert {item.name for item in profile.parts} >= {MOE, ATTENTION, NORMS, OPTIMIZER, CLIPPING}
     assert rows["profiled"][-1]["profile"] == profile.to_json()
     shown = io.StringIO()
-    Console(file=shown, width=120).print(describe(profile, MODEL.num_layers))
+    Console(file=shown, width=120).print(describe(profile, TINY_MODEL.num_layers))
     assert shown.getvalue() == (tmp_path / "profiled" / PROFILE_FILE).read_text(encoding="utf-8")
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_it_counts_kernels(device):
-    model = LanguageModel(MODEL).to(device)
+    model = LanguageModel(TINY_MODEL).to(device)
     with profile_step(model) as profile, torch.autocast("cuda", torch.bfloat16):
         model(torch.randint(256, (2, 12), device=device)).logsumexp(-1).mean().backward()
     found = {item.name: item for item in profile.parts}
     assert found.keys() == {MOE, ATTENTION, NORMS, REST}
-    assert found[MOE].launches > 2 * MODEL.num_layers * 3  # forward and backward
+    assert found[MOE].launches > 2 * TINY_MODEL.num_layers * 3  # forward and backward

@@ -33,9 +33,20 @@ from flash_moe.bench.decode_competitors import (
     find_decode_competitors,
     why_not_decode,
 )
-from flash_moe.bench.machine import sm_clock_mhz
 from flash_moe.bench.roofs import Roof
-from flash_moe.bench.rows import EAGER, GRAPH, Bench, Refusal, Request, Row, make_row, measure_or_refuse, result_nbytes
+from flash_moe.bench.rows import (
+    EAGER,
+    GRAPH,
+    Bench,
+    Refusal,
+    Request,
+    Row,
+    graph_fields,
+    make_row,
+    measure_or_refuse,
+    read_clock,
+    result_nbytes,
+)
 from flash_moe.bench.timing import CudaTimer, Timer, count_launches, make_timer
 from flash_moe.bench.work import FORWARD, Work
 from flash_moe.testing import peak_nbytes
@@ -96,14 +107,14 @@ def _run_case(bench: Bench, plan: DecodePlan, case: DecodeCase, pools: Pools) ->
     except MismatchError as error:  # the inputs, or the specification itself
         yield Refusal(case, "reference", FORWARD, EAGER, str(error), True)
         return
-    clock = _clock(bench)  # read between competitors only, since a reading takes longer than many a row
+    clock = read_clock(bench)  # read between competitors only, since a reading takes longer than many a row
     for competitor in find_decode_competitors(case, inputs[0], bench.device, plan.names, plan.policies):
         if isinstance(competitor, Absence):
             yield Refusal(case, competitor.name, FORWARD, EAGER, competitor.reason, False)
             continue
         timer = plan.loop_timer if competitor.is_loop else plan.timer
         measured = list(_measure(timer, case, competitor, layers))
-        before, clock = clock, _clock(bench)
+        before, clock = clock, read_clock(bench)
         for found in measured:
             if isinstance(found, Refusal):
                 yield found
@@ -172,11 +183,7 @@ def _measure_graph(
     replayed = timer.time_graph([partial(_same, call) for call in calls])
     worst_error(("replayed output",), (replayed.result,), (calls[0](),), REPLAY_BOUND[case.dtype])
     return {
-        "times": replayed.times,
-        "warm_up_calls": replayed.warm_up_calls,
-        "peak_mib": None,
-        "launches": None,
-        "error": None,
+        **graph_fields(replayed),
         "difference_from_transformers": None,
         **_facts(competitor, layers),
     }
@@ -188,7 +195,3 @@ def _facts(competitor: DecodeCompetitor, layers: _Layers) -> dict[str, Any]:
 
 def _same(call: Call) -> Call:
     return call
-
-
-def _clock(bench: Bench) -> int | None:
-    return sm_clock_mhz(bench.device, bench.timer.flush) if isinstance(bench.timer, CudaTimer) else None

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from flash_moe.bench.cases import DECODE, LETTERS, OP_NAMES, ROUTINGS, Case
 from flash_moe.bench.decode_cases import FORMATS
+from flash_moe.bench.machine import sm_clock_mhz
 from flash_moe.bench.roofs import Roof, Roofs
-from flash_moe.bench.timing import Timer, percentiles
+from flash_moe.bench.timing import CudaTimer, Replayed, Timer, percentiles
 from flash_moe.bench.work import Work
 from flash_moe.schedule.policies import POLICIES
 
@@ -134,6 +135,22 @@ def make_row(bench: Bench, case: Case, backend: str, which: str, work: Work, roo
         "is_cold": bench.timer.is_cold,
         **bench.fields,
     }
+
+
+def graph_fields(replayed: Replayed) -> Row:
+    """What of a row a replayed graph gives; the rest is known from plain calls."""
+    return {
+        "times": replayed.times,
+        "warm_up_calls": replayed.warm_up_calls,
+        "peak_mib": None,
+        "launches": None,
+        "error": None,
+    }
+
+
+def read_clock(bench: Bench) -> int | None:
+    """MHz of the SMs, on a GPU."""
+    return sm_clock_mhz(bench.device, bench.timer.flush) if isinstance(bench.timer, CudaTimer) else None
 
 
 def clock_moved(row: Row) -> bool:

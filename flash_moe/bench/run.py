@@ -10,7 +10,7 @@ from flash_moe.bench.cases import DECODE, LATENCY_BOUND_TOKENS, LETTERS, Case, I
 from flash_moe.bench.checks import check, check_replay
 from flash_moe.bench.competitors import Bound, Competitor, find_competitors, free_competitor
 from flash_moe.bench.decode import plan_decode, run_decode
-from flash_moe.bench.machine import describe_machine, sm_clock_mhz
+from flash_moe.bench.machine import describe_machine
 from flash_moe.bench.roofs import Roofs
 from flash_moe.bench.rows import (
     EAGER,
@@ -19,8 +19,10 @@ from flash_moe.bench.rows import (
     Refusal,
     Request,
     Row,
+    graph_fields,
     make_row,
     measure_or_refuse,
+    read_clock,
     result_nbytes,
 )
 from flash_moe.bench.timing import CudaTimer, count_launches, make_timer, percentiles
@@ -113,9 +115,9 @@ def _measure_eager(bench: Bench, case: Case, competitor: Competitor, which: str,
     with torch.set_grad_enabled(which != FORWARD):
         call = bound.prepare(which)
         warm_up_calls = bench.timer.warm_up(call)
-        before = _clock(bench)
+        before = read_clock(bench)
         times = bench.timer.time_eager(call, idle_start=case.T <= LATENCY_BOUND_TOKENS)
-        after = _clock(bench)
+        after = read_clock(bench)
         extra_nbytes = peak_nbytes(call, bench.device) - result_nbytes(call())
         launches = count_launches(call) if isinstance(bench.timer, CudaTimer) else None
     return {
@@ -135,19 +137,11 @@ def _measure_graph(bench: Bench, case: Case, competitor: Competitor, which: str,
     sets = [inputs, *(make_inputs(case, bench.device, seed) for seed in range(1, count))]
     bounds: list[Bound] = [competitor.bind(each, which) for each in sets]
     with torch.set_grad_enabled(which != FORWARD):
-        before = _clock(bench)
+        before = read_clock(bench)
         replayed = bench.timer.time_graph([partial(bound.prepare, which) for bound in bounds])
-        after = _clock(bench)
+        after = read_clock(bench)
     check_replay(case, bounds[0], which, replayed.result)
     return {
-        "times": replayed.times,
-        "warm_up_calls": replayed.warm_up_calls,
-        "peak_mib": None,
-        "launches": None,
-        "error": None,
+        **graph_fields(replayed),
         "sm_mhz": [before, after],
     }
-
-
-def _clock(bench: Bench) -> int | None:
-    return sm_clock_mhz(bench.device, bench.timer.flush) if isinstance(bench.timer, CudaTimer) else None

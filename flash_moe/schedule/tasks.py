@@ -7,7 +7,10 @@ from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import ClassVar
 
+from torch import Tensor
+
 from flash_moe._checks import check_int
+from flash_moe._moe_layer import MoELayer
 
 # In place of the number of a slot: the shared expert's tiles, and tasks that belong to no expert.
 SHARED = -1
@@ -62,6 +65,18 @@ class Sizes:
     def expected_tokens(self) -> int:
         """Of an expert that is hit."""
         return max(1, round(self.T * self.K / self.expected_hits))
+
+
+def sizes_of(hidden_states: Tensor, layer: MoELayer) -> Sizes:
+    """Of a call of ``flash_decode``."""
+    T, H = hidden_states.shape
+    return Sizes(
+        T, H, layer.down_proj.shape[2], layer.down_proj.shape[0], layer.routing.num_experts_per_tok,
+        shared_intermediate_size=layer.shared.gate_proj.shape[0] if layer.shared is not None else 0,
+        itemsize=hidden_states.dtype.itemsize,
+        weight_itemsize=layer.down_proj.dtype.itemsize,
+        router_itemsize=layer.router_weight.dtype.itemsize,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from flash_moe._moe_layer import SCALE_BLOCK, TINY, MoELayer, Routing
 from flash_moe.schedule.decode import Schedule, build_schedule
 from flash_moe.schedule.machine import Slots
 from flash_moe.schedule.policies import run_policy
-from flash_moe.schedule.tasks import SHARED, Kind, Sizes, Tiles
+from flash_moe.schedule.tasks import SHARED, Kind, Tiles, sizes_of
 from flash_moe.schedule.trace import Trace
 
 # The interpreter's grid, and tiles that are few, since each costs a few PyTorch calls, but several a slot.
@@ -44,17 +44,6 @@ def decode_traced(
     interpreter = Interpreter(schedule, hidden_states, layer)
     run_policy(schedule, policy, interpreter.find_slots, interpreter.execute, trace)
     return interpreter.out, interpreter.logits
-
-
-def sizes_of(hidden_states: Tensor, layer: MoELayer) -> Sizes:
-    T, H = hidden_states.shape
-    return Sizes(
-        T, H, layer.down_proj.shape[2], layer.down_proj.shape[0], layer.routing.num_experts_per_tok,
-        shared_intermediate_size=layer.shared.gate_proj.shape[0] if layer.shared is not None else 0,
-        itemsize=hidden_states.dtype.itemsize,
-        weight_itemsize=layer.down_proj.dtype.itemsize,
-        router_itemsize=layer.router_weight.dtype.itemsize,
-    )  # fmt: skip
 
 
 class Interpreter:

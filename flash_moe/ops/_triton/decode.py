@@ -25,7 +25,7 @@ from flash_moe.ops._triton.math import INTERPRETED
 from flash_moe.ops._triton.relaunch import Relaunch
 from flash_moe.ops._triton.scratch import Scratch
 from flash_moe.schedule.decode import SELECTED, build_schedule
-from flash_moe.schedule.tasks import Sizes
+from flash_moe.schedule.tasks import sizes_of
 from flash_moe.schedule.trace import Trace
 
 MAX_TOKENS, MAX_EXPERTS = 128, 1024
@@ -40,21 +40,23 @@ MAX_PREPARED = 256
 
 def takes(hidden_states: Tensor, layer: MoELayer) -> bool:
     """Whether ``check_decode`` lets it pass, on a GPU that has what the kernel needs."""
-    is_small = hidden_states.shape[0] <= MAX_TOKENS and layer.router_weight.shape[0] <= MAX_EXPERTS
-    return is_small and torch.cuda.get_device_capability(hidden_states.device) >= MIN_CAPABILITY
+    is_new_enough = torch.cuda.get_device_capability(hidden_states.device) >= MIN_CAPABILITY
+    return is_new_enough and _too_large(hidden_states, layer) is None
 
 
 def check_decode(hidden_states: Tensor, layer: MoELayer) -> None:
     """Raise ``ValueError``, naming the argument, for what the kernel does not take."""
-    refused = {
-        "hidden_states": (hidden_states.shape[0] > MAX_TOKENS, f"at most {MAX_TOKENS} tokens", hidden_states.shape[0]),
-        "router_weight": (
-            layer.router_weight.shape[0] > MAX_EXPERTS, f"at most {MAX_EXPERTS} experts", layer.router_weight.shape[0],
-        ),
-    }  # fmt: skip
-    for name, (is_refused, expected, got) in refused.items():
-        if is_refused:
-            raise ValueError(f'{name}: expected {expected} with backend="triton"; got {got}; use backend="torch"')
+    if (found := _too_large(hidden_states, layer)) is not None:
+        raise ValueError(f'{found}; use backend="torch"')
+
+
+def _too_large(hidden_states: Tensor, layer: MoELayer) -> str | None:
+    T, E = hidden_states.shape[0], layer.router_weight.shape[0]
+    if T > MAX_TOKENS:
+        return f'hidden_states: expected at most {MAX_TOKENS} tokens with backend="triton"; got {T}'
+    if E > MAX_EXPERTS:
+        return f'router_weight: expected at most {MAX_EXPERTS} experts with backend="triton"; got {E}'
+    return None
 
 
 def decode_forward(hidden_states: Tensor, layer: MoELayer, policy: str) -> tuple[Tensor, Tensor]:
@@ -134,7 +136,7 @@ class Prepared:
 
     def __init__(self, x: Tensor, layer: MoELayer, policy: str, is_traced: bool, config: Config) -> None:
         self.config, self.device, self.dtype = config, x.device, x.dtype
-        self.sizes, self.policy = _sizes_of(x, layer), _policy_of(x, policy)
+        self.sizes, self.policy = sizes_of(x, layer), _policy_of(x, policy)
         self.num_programs = _num_programs(x.device, config)
         self.schedule = build_schedule(self.sizes, tiles_of(self.sizes, config, self.num_programs), self.num_programs)
         arrays = self.schedule.serialize()
@@ -158,7 +160,7 @@ class Prepared:
         is_capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         if is_capturing:
             _captured.add(self)
-        state, buffers = self.scratch.get(stream), self._buffers_of(stream, is_capturing=is_capturing)
+        state, buffers = self.scratch.get(stream, is_capturing=is_capturing), self._buffers_of(stream, is_capturing)
         records = state.flag if trace is None else make_records(self.num_programs, x.device)
         shared = layer.shared or (None, None, None, None)
         tensors = (
@@ -209,7 +211,7 @@ class Prepared:
         found = [State(*each.split(lines)) for each in states]
         return [state._replace(weights=state.weights.view(torch.float32)) for state in found]
 
-    def _buffers_of(self, stream: int, *, is_capturing: bool) -> Buffers:
+    def _buffers_of(self, stream: int, is_capturing: bool) -> Buffers:
         """A stream's own; a captured call's are in its graph's memory."""
         if is_capturing:
             return self._make_buffers()
@@ -239,17 +241,6 @@ def _policy_of(x: Tensor, policy: str) -> str:
     if policy == "auto":
         return "static" if x.shape[0] <= MAX_STATIC_TOKENS else "queue"
     return policy
-
-
-def _sizes_of(x: Tensor, layer: MoELayer) -> Sizes:
-    (T, H), (E, _, I), K = x.shape, layer.down_proj.shape, layer.routing.num_experts_per_tok
-    return Sizes(
-        T, H, I, E, K,
-        shared_intermediate_size=layer.shared.gate_proj.shape[0] if layer.shared is not None else 0,
-        itemsize=x.element_size(),
-        weight_itemsize=layer.down_proj.element_size(),
-        router_itemsize=layer.router_weight.element_size(),
-    )  # fmt: skip
 
 
 def _num_programs(device: torch.device, config: Config) -> int:

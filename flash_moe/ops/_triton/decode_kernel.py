@@ -10,8 +10,8 @@ import triton.language as tl
 
 from flash_moe.ops._triton.counters import LINE, arrive, wait
 from flash_moe.ops._triton.decode_actor import STOP, WORDS_OF_TASK, push_released, push_stop, receive, run_scheduler
-from flash_moe.ops._triton.decode_experts import combine, down, gate_up
-from flash_moe.ops._triton.decode_records import DOORBELL, now, record
+from flash_moe.ops._triton.decode_experts import BLOCK_OF_SCALE, combine, down, gate_up
+from flash_moe.ops._triton.decode_records import DOORBELL, WORDS, now, record
 from flash_moe.ops._triton.decode_routing import TAKER_STRIDE, find_slots, pairs_of, route, select
 from flash_moe.schedule.decode import FINISHED, SELECTED
 from flash_moe.schedule.tasks import SHARED, Kind
@@ -171,7 +171,7 @@ def decode_kernel(
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     keys_ptr += program * (2 * BLOCK_E)
     slots_ptr += program * E
-    trace_ptr += program * (max_events * 3)
+    trace_ptr += program * (max_events * WORDS)
     polls_left, hits, events = max_polls, -1, 0
     # The shared expert's activated rows come after the routed ones.
     shared_row = S * T if BLOCK_T <= FEW else T * K
@@ -359,7 +359,7 @@ def _routed_down(
 @triton.jit
 def _num_scales(R: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr):
     if SCALE == "block":
-        return ((R + 127) // 128) * ((C + 127) // 128)
+        return tl.cdiv(R, BLOCK_OF_SCALE) * tl.cdiv(C, BLOCK_OF_SCALE)
     return R
 
 

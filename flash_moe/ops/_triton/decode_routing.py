@@ -11,13 +11,12 @@ import triton.language as tl
 
 from flash_moe._moe_layer import TINY
 from flash_moe.ops._triton.math import accurate_exp, dot, round_for
+from flash_moe.ops._triton.ranking import SMALLEST_KEY, is_above, ordered_key
 
 # Below every logit, and finite: a token of NaNs would subtract infinities.
 NO_LOGIT = tl.constexpr(-3.4e38)
 # A sector of the L2 cache for each expert's takers: additions to one sector take turns.
 TAKER_STRIDE = tl.constexpr(8)
-SMALLEST_KEY = tl.constexpr(-(2**31))
-LARGEST_KEY = tl.constexpr(2**31 - 1)
 TINY_SUM = tl.constexpr(TINY)
 
 
@@ -68,17 +67,9 @@ def _score(logits, largest, total, SCORING: tl.constexpr):
 
 
 @triton.jit
-def _key(x):
-    """int32 that sort as float32 does, NaN the largest."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
-    return tl.where(x == x, tl.where(bits < 0, bits ^ LARGEST_KEY, bits), LARGEST_KEY)
-
-
-@triton.jit
 def _above(others, other, keys, e):
     """[others, experts]: whether the other's key is larger, or equal with a lower id."""
-    others, other = others[:, None], other[:, None]
-    return (others > keys[None, :]) | ((others == keys[None, :]) & (other < e[None, :]))
+    return is_above(others[:, None], other[:, None], keys[None, :], e[None, :])
 
 
 @triton.jit
@@ -120,13 +111,13 @@ def _keep_best_groups(
         is_mine = (other // (E // GROUPS))[:, None] == group[None, :]
         sums += tl.sum(tl.where(is_mine, tl.load(sums_ptr + other).to(tl.float32, bitcast=True)[:, None], 0.0), 0)
     tl.debug_barrier()
-    tl.store(sums_ptr + e, tl.where((place == 0) & (e < E), _key(sums), SMALLEST_KEY))
+    tl.store(sums_ptr + e, tl.where((place == 0) & (e < E), ordered_key(sums), SMALLEST_KEY))
     tl.debug_barrier()
     above = tl.zeros([BLOCK_E], tl.int32)
     for first in tl.range(0, BLOCK_E, RANK_BLOCK):
         other = first + tl.arange(0, RANK_BLOCK)
         others = tl.load(sums_ptr + other)
-        above += tl.sum(_above(others, other // (E // GROUPS), _key(sums), group).to(tl.int32), 0)
+        above += tl.sum(_above(others, other // (E // GROUPS), ordered_key(sums), group).to(tl.int32), 0)
     tl.debug_barrier()  # all have read before other keys are there
     return tl.where(above < BEST, keys, SMALLEST_KEY)
 
@@ -168,7 +159,7 @@ def select(
             biased += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)
         if SCORING == "sigmoid" or HAS_BIAS:
             ranked = biased
-    keys = tl.where(e < E, _key(ranked), SMALLEST_KEY)
+    keys = tl.where(e < E, ordered_key(ranked), SMALLEST_KEY)
     if GROUPS > 1:
         keys = _keep_best_groups(keys, biased, e, keys_ptr, E, GROUPS, BEST_GROUPS, BLOCK_E, RANK_BLOCK)
     ranks = _ranks(keys, e, keys_ptr, BLOCK_E, RANK_BLOCK)

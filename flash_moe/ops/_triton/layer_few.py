@@ -25,6 +25,7 @@ from torch import Tensor
 from flash_moe.ops._triton.counters import LINE, MAX_POLLS, arrive, wait_again
 from flash_moe.ops._triton.gate import _load_norm
 from flash_moe.ops._triton.math import accurate_exp, activation, round_for
+from flash_moe.ops._triton.ranking import SMALLEST_KEY, is_above, ordered_key
 from flash_moe.ops._triton.relaunch import Relaunch
 from flash_moe.ops._triton.scratch import Scratch
 
@@ -38,29 +39,14 @@ RANK_COMPARISONS = tl.constexpr(2**12)
 NUM_WARPS, PROGRAMS_PER_SM, MAX_REGISTERS = 8, 2, 128
 ROWS, DOWN_ROWS, DOWN_CHUNKS = 8, 4, 8
 GATE_CHUNKS = 2
-SMALLEST_KEY = tl.constexpr(-(2**31))
-LARGEST_KEY = tl.constexpr(2**31 - 1)
 
 Gate = tuple[Tensor, Tensor, Tensor, float]
 Weights = tuple[Tensor, ...]
 
 
 @triton.jit
-def _ordered(x):
-    """int32 that sort as the floats do, NaN the largest."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
-    return tl.where(x == x, tl.where(bits < 0, bits ^ LARGEST_KEY, bits), LARGEST_KEY)
-
-
-@triton.jit
 def _as_ints(float_ptr):
     return float_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-
-
-@triton.jit
-def _is_above(others, other_ids, keys, ids):
-    """Larger, or equal with a lower id."""
-    return (others > keys) | ((others == keys) & (other_ids < ids))
 
 
 @triton.jit
@@ -88,7 +74,7 @@ def _make_keys(logits_ptr, keys_ptr, N: tl.constexpr, BLOCK_N: tl.constexpr):
     n = tl.arange(0, BLOCK_N)
     # Past the L1 cache, which knows nothing of other multiprocessors' stores; and once, since all programs read them.
     logits = tl.load(logits_ptr + n, mask=n < N, other=float("-inf"), cache_modifier=".cg").to(tl.float32)
-    keys = tl.where(n < N, _ordered(logits), SMALLEST_KEY)
+    keys = tl.where(n < N, ordered_key(logits), SMALLEST_KEY)
     if logits_ptr.dtype.element_ty != tl.float32:
         # The low 13 bits of a 16-bit float's key are all equal: room for the id, and one comparison in place of 3.
         keys = (keys & -8192) | (8191 - n)
@@ -114,7 +100,7 @@ def _rank_half(
         # As a tile of equal rows, so that each thread gets four neighbours, and few of the others to compare them with.
         keys = tl.load(keys_ptr + tl.broadcast_to(n[None, :], [RANK_BLOCK, BLOCK_N]))
         if logits_ptr.dtype.element_ty == tl.float32:
-            num_above += _is_above(others, other[:, None], keys, n[None, :]).to(tl.int32)
+            num_above += is_above(others, other[:, None], keys, n[None, :]).to(tl.int32)
         else:
             num_above += (others > keys).to(tl.int32)
     ranks = tl.sum(num_above, 0)
@@ -165,15 +151,15 @@ def _rank_candidates(
     """Of candidates ``index``, ``index + count``, ..., four in all, rank among all, sum and expert id, as scalars."""
     c = tl.arange(0, BLOCK_C)
     sums, ids = _candidates(ranked_ptr, pairs_ptr, c, c < C, N, BLOCK_N)
-    keys = tl.where(c < C, _ordered(sums), SMALLEST_KEY)
+    keys = tl.where(c < C, ordered_key(sums), SMALLEST_KEY)
     candidates = ()
     for i in tl.static_range(0, 4, 2):
         own, following = index + i * count, index + (i + 1) * count
         own_sum, own_id = _candidates(ranked_ptr, pairs_ptr, own, own < C, N, BLOCK_N)
         next_sum, next_id = _candidates(ranked_ptr, pairs_ptr, following, following < C, N, BLOCK_N)
-        is_above = _is_above(keys, ids, _ordered(own_sum), own_id).to(tl.int32)
-        is_above |= _is_above(keys, ids, _ordered(next_sum), next_id).to(tl.int32) << 16
-        ranks = tl.sum(is_above, 0)  # C is below 2^16: both in one sum
+        above = is_above(keys, ids, ordered_key(own_sum), own_id).to(tl.int32)
+        above |= is_above(keys, ids, ordered_key(next_sum), next_id).to(tl.int32) << 16
+        ranks = tl.sum(above, 0)  # C is below 2^16: both in one sum
         own_rank = tl.where(own < C, ranks & 0xFFFF, C)
         next_rank = tl.where(following < C, ranks >> 16, C)
         candidates = candidates + ((own_rank, own_sum, own_id), (next_rank, next_sum, next_id))
@@ -448,7 +434,9 @@ def _launch(sizes: _Sizes, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor,
     indices = torch.empty(T, sizes.K, dtype=torch.int64, device=device)
     scratch = torch.empty(plan.scratch_numel, dtype=torch.float32, device=device)
     stream = triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
-    plan.launch((x, *weights, plan.counters.get(stream), scratch, logits, indices, out), stream)
+    is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    counters = plan.counters.get(stream, is_capturing=is_capturing)
+    plan.launch((x, *weights, counters, scratch, logits, indices, out), stream)
     return out, logits, indices
 
 

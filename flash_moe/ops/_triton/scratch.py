@@ -22,21 +22,21 @@ class Scratch(Generic[T]):
 
     def __init__(self, make: Callable[[int], list[T]], device: torch.device) -> None:
         """``make(count)`` gives so many, cleared, that share nothing."""
-        self._make, self._on_gpu = make, device.type == "cuda"
+        self._make, self._num_spare = make, GRAPH_CALLS if device.type == "cuda" else 0
         self.of_stream: OrderedDict[int, T] = OrderedDict()
         self.of_graphs: list[T] = []
-        self._spare: list[T] | None = None
+        self._spare: list[T] = []
 
-    def get(self, stream: int) -> T:
+    def get(self, stream: int, *, is_capturing: bool) -> T:
         """For the current stream of the device, whose handle is ``stream``; on a CPU 0."""
-        if self._on_gpu and torch.cuda.is_current_stream_capturing():
+        if is_capturing:
             self.of_graphs.append(self._spare.pop() if self._spare else self._make(1)[0])
             return self.of_graphs[-1]
         found = self.of_stream.get(stream)
         if found is None:
-            is_first = self._on_gpu and self._spare is None
-            found, *spare = self._make(1 + GRAPH_CALLS * is_first)
-            self._spare = (self._spare or []) + spare
+            found, *spare = self._make(1 + self._num_spare)
+            self._spare += spare
+            self._num_spare = 0
             self.of_stream[stream] = found
             if len(self.of_stream) > MAX_STREAMS:
                 self.of_stream.popitem(last=False)
