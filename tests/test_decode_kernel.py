@@ -125,6 +125,16 @@ def test_experts_too_many_to_rank_at_once(routing, device, monkeypatch):
     assert constants["RANK_BLOCK"] == 8
 
 
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("groups", [(1, 1), (8, 3)], ids=str)
+def test_many_biased_choices(groups, scoring, device):
+    """Scores are computed, and may differ in their last bit wherever they are computed twice."""
+    T = 128 if device.type == "cuda" else 3
+    routing = with_bias(Routing(6, False, scoring, "bias", *groups), 64, device)
+    x, layer = make_decode_inputs(T, 16, 4, 64, routing, torch.bfloat16, device)
+    assert_right(x, layer, run_kernel)
+
+
 @pytest.mark.parametrize("T", [3, 20])
 def test_every_token_on_the_same_experts(T, device):
     x, layer = make_decode_inputs(1, 24, 8, 6, Routing(2), torch.bfloat16, device)
@@ -419,6 +429,7 @@ def test_fewer_programs_where_there_is_no_room_for_all(policy, device, monkeypat
     want, _ = run_kernel(x, layer, policy)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     monkeypatch.setattr(kernel, "_num_programs", lambda device, config: num_sms * 20 ** (config.programs - 1))
+    kernel._prepared.clear()
     assert torch.equal(run_kernel(x, layer, policy)[0], want)
     assert num_sms == prepared_for(x, layer, policy).num_programs
     graph, (out,) = capture(x, layer, policy, 1)

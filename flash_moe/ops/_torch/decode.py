@@ -27,6 +27,8 @@ CUDA_CHUNK = 2**27
 # Fewer pairs than this share of the experts: their weights are gathered. A gathered expert is read twice and written
 # once, so that beyond a third of the experts reading all of them moves less.
 GATHERED_SHARE = 3
+# Of ``grouped_mm`` on a GPU.
+MAX_GROUPS = 1024
 
 
 def decode_forward(hidden_states: Tensor, layer: MoELayer, policy: str) -> tuple[Tensor, Tensor]:
@@ -217,11 +219,11 @@ def _fits_grouped_products(hidden_states: Tensor, layer: MoELayer) -> bool:
 
     Elsewhere it reads the groups' sizes on the host, which would wait for the device.
     """
-    H, I = layer.down_proj.shape[1:]
+    E, H, I = layer.down_proj.shape
     if hidden_states.is_cuda and torch.cuda.get_device_capability(hidden_states.device)[0] not in (9, 10):
         return False
     dtypes = {hidden_states.dtype, layer.gate_up_proj.dtype, layer.down_proj.dtype}
-    return dtypes == {torch.bfloat16} and H % 8 == I % 8 == 0
+    return dtypes == {torch.bfloat16} and H % 8 == I % 8 == 0 and E <= MAX_GROUPS
 
 
 def _grouped_products(hidden_states: Tensor, layer: MoELayer, indices: Tensor) -> Tensor:

@@ -73,6 +73,18 @@ def _above(others, other, keys, e):
 
 
 @triton.jit
+def _as_stored(keys, e, keys_ptr):
+    """The same keys, of which there is one copy.
+
+    What was computed may be computed again where another layout needs it, and come out a bit larger: an expert would
+    stand above itself. Logits are only loaded, and need no such care.
+    """
+    tl.store(keys_ptr + e, keys)
+    tl.debug_barrier()  # all keys are there before any thread reads
+    return tl.load(keys_ptr + e)
+
+
+@triton.jit
 def _ranks(keys, e, keys_ptr, BLOCK_E: tl.constexpr, RANK_BLOCK: tl.constexpr):
     """How many stand above each expert. Many keys go through memory of the program's own, a block at a time."""
     if RANK_BLOCK == BLOCK_E:
@@ -160,6 +172,8 @@ def select(
         if SCORING == "sigmoid" or HAS_BIAS:
             ranked = biased
     keys = tl.where(e < E, ordered_key(ranked), SMALLEST_KEY)
+    if SCORING == "sigmoid" or HAS_BIAS:
+        keys = _as_stored(keys, e, keys_ptr)
     if GROUPS > 1:
         keys = _keep_best_groups(keys, biased, e, keys_ptr, E, GROUPS, BEST_GROUPS, BLOCK_E, RANK_BLOCK)
     ranks = _ranks(keys, e, keys_ptr, BLOCK_E, RANK_BLOCK)
