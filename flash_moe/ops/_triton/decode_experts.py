@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from flash_moe._moe_layer import SCALE_BLOCK
-from flash_moe.ops._triton.math import activation, dot, round_for
+from flash_moe.ops._triton.math import activation, dot, dot_apart, round_for
 
 BLOCK_OF_SCALE = tl.constexpr(SCALE_BLOCK)
 
@@ -17,14 +17,16 @@ BLOCK_OF_SCALE = tl.constexpr(SCALE_BLOCK)
 @triton.jit
 def _times(weights, x, sums, scale_ptr, row, column, C: tl.constexpr, SCALE: tl.constexpr):
     """sums + weights @ x; a scale of a block of 128 x 128 goes with each step, one of a row does not."""
-    if SCALE == "none":
-        sums = dot(weights, x, sums)
-    elif SCALE == "row":
-        sums = dot(weights.to(x.dtype), x, sums)  # exact: float8 fits both 16-bit dtypes
-    else:
+    weights = weights.to(x.dtype)  # exact: float8 fits both 16-bit dtypes
+    if SCALE == "block":
         per_row = (C + BLOCK_OF_SCALE - 1) // BLOCK_OF_SCALE
         scale = tl.load(scale_ptr + row // BLOCK_OF_SCALE * per_row + column // BLOCK_OF_SCALE)
-        sums += dot(weights.to(x.dtype), x, tl.zeros_like(sums)) * scale[:, None]
+        sums += dot(weights, x, tl.zeros_like(sums)) * scale[:, None]
+    elif x.dtype == tl.float32:
+        # A sum of thousands of terms, one after another, would be less exact than PyTorch's.
+        sums += dot_apart(weights, x)
+    else:
+        sums = dot(weights, x, sums)
     return sums
 
 

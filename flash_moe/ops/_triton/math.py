@@ -41,6 +41,15 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def dot_apart(a, b):
+    """a @ b of float32 operands, as a sum of its own even if it is then added to another.
+
+    Triton adds the terms to the other one by one, unless told of a limit to inexact sums, which float32 ignores.
+    """
+    return tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
+
+
+@triton.jit
 def accurate_exp(x):
     """exp to about one unit in the last place; ``tl.exp`` rounds x * log2(e), and so is off by |x| units."""
     x = tl.maximum(x, -150.0, propagate_nan=tl.PropagateNan.ALL)  # the rest is 0, and -inf would become a NaN
