@@ -67,8 +67,10 @@ def _score(logits, largest, total, SCORING: tl.constexpr):
 
 
 @triton.jit
-def _above(others, other, keys, e):
+def _above(others, other, keys, e, IS_DISTINCT: tl.constexpr):
     """[others, experts]: whether the other's key is larger, or equal with a lower id."""
+    if IS_DISTINCT:
+        return others[:, None] > keys[None, :]
     return is_above(others[:, None], other[:, None], keys[None, :], e[None, :])
 
 
@@ -85,24 +87,24 @@ def _as_stored(keys, e, keys_ptr):
 
 
 @triton.jit
-def _ranks(keys, e, keys_ptr, BLOCK_E: tl.constexpr, RANK_BLOCK: tl.constexpr):
+def _ranks(keys, e, keys_ptr, IS_DISTINCT: tl.constexpr, BLOCK_E: tl.constexpr, RANK_BLOCK: tl.constexpr):
     """How many stand above each expert. Many keys go through memory of the program's own, a block at a time."""
     if RANK_BLOCK == BLOCK_E:
-        return tl.sum(_above(keys, e, keys, e).to(tl.int32), 0)
+        return tl.sum(_above(keys, e, keys, e, IS_DISTINCT).to(tl.int32), 0)
     tl.store(keys_ptr + e, keys)
     tl.debug_barrier()  # all keys are there before any thread reads
     ranks = tl.zeros([BLOCK_E], tl.int32)
     for first in tl.range(0, BLOCK_E, RANK_BLOCK):
         other = first + tl.arange(0, RANK_BLOCK)
-        ranks += tl.sum(_above(tl.load(keys_ptr + other), other, keys, e).to(tl.int32), 0)
+        ranks += tl.sum(_above(tl.load(keys_ptr + other), other, keys, e, IS_DISTINCT).to(tl.int32), 0)
     tl.debug_barrier()  # all have read before other keys are there
     return ranks
 
 
 @triton.jit
 def _keep_best_groups(
-    keys, ranked, e, keys_ptr, E: tl.constexpr, GROUPS: tl.constexpr, BEST: tl.constexpr, BLOCK_E: tl.constexpr,
-    RANK_BLOCK: tl.constexpr,
+    keys, ranked, e, keys_ptr, IS_DISTINCT: tl.constexpr, E: tl.constexpr, GROUPS: tl.constexpr, BEST: tl.constexpr,
+    BLOCK_E: tl.constexpr, RANK_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The keys, but the smallest one outside the groups whose two best have the largest sums."""
     group = e // (E // GROUPS)
@@ -113,7 +115,8 @@ def _keep_best_groups(
     for first in tl.range(0, BLOCK_E, RANK_BLOCK):
         other = first + tl.arange(0, RANK_BLOCK)
         is_mine = (other // (E // GROUPS))[:, None] == group[None, :]
-        place += tl.sum((_above(tl.load(keys_ptr + other), other, keys, e) & is_mine).to(tl.int32), 0)
+        others = tl.load(keys_ptr + other)
+        place += tl.sum((_above(others, other, keys, e, IS_DISTINCT) & is_mine).to(tl.int32), 0)
     # The group's sum at its best expert: two terms, whose order does not matter.
     tl.store(sums_ptr + e, tl.where((place < 2) & (e < E), ranked, 0.0).to(tl.int32, bitcast=True))
     tl.debug_barrier()
@@ -129,7 +132,7 @@ def _keep_best_groups(
     for first in tl.range(0, BLOCK_E, RANK_BLOCK):
         other = first + tl.arange(0, RANK_BLOCK)
         others = tl.load(sums_ptr + other)
-        above += tl.sum(_above(others, other // (E // GROUPS), ordered_key(sums), group).to(tl.int32), 0)
+        above += tl.sum(_above(others, other // (E // GROUPS), ordered_key(sums), group, False).to(tl.int32), 0)
     tl.debug_barrier()  # all have read before other keys are there
     return tl.where(above < BEST, keys, SMALLEST_KEY)
 
@@ -172,11 +175,15 @@ def select(
         if SCORING == "sigmoid" or HAS_BIAS:
             ranked = biased
     keys = tl.where(e < E, ordered_key(ranked), SMALLEST_KEY)
+    # The low 13 bits of a 16-bit float's key are all equal: room for the id, and one comparison in place of 3.
+    IS_DISTINCT: tl.constexpr = SCORING == "softmax" and not HAS_BIAS and logits_ptr.dtype.element_ty != tl.float32
+    if IS_DISTINCT:
+        keys = (keys & -8192) | (8191 - e)
     if SCORING == "sigmoid" or HAS_BIAS:
         keys = _as_stored(keys, e, keys_ptr)
     if GROUPS > 1:
-        keys = _keep_best_groups(keys, biased, e, keys_ptr, E, GROUPS, BEST_GROUPS, BLOCK_E, RANK_BLOCK)
-    ranks = _ranks(keys, e, keys_ptr, BLOCK_E, RANK_BLOCK)
+        keys = _keep_best_groups(keys, biased, e, keys_ptr, IS_DISTINCT, E, GROUPS, BEST_GROUPS, BLOCK_E, RANK_BLOCK)
+    ranks = _ranks(keys, e, keys_ptr, IS_DISTINCT, BLOCK_E, RANK_BLOCK)
     chosen = (ranks < K) & (e < E)
     if NORM and SCORING == "softmax":
         best = largest if not (HAS_BIAS or GROUPS > 1) else tl.max(tl.where(chosen, logits, NO_LOGIT), 0)
