@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from flash_moe._moe_layer import SCALE_BLOCK
-from flash_moe.ops._triton.math import activation, dot, dot_apart, round_for
+from flash_moe.ops._triton.math import activation, dot, dot_apart, round_for, widen
 
 BLOCK_OF_SCALE = tl.constexpr(SCALE_BLOCK)
 
@@ -17,7 +17,7 @@ BLOCK_OF_SCALE = tl.constexpr(SCALE_BLOCK)
 @triton.jit
 def _times(weights, x, sums, scale_ptr, row, column, C: tl.constexpr, SCALE: tl.constexpr):
     """sums + weights @ x; a scale of a block of 128 x 128 goes with each step, one of a row does not."""
-    weights = weights.to(x.dtype)  # exact: float8 fits both 16-bit dtypes
+    weights = widen(weights, x.dtype)
     if SCALE == "block":
         per_row = (C + BLOCK_OF_SCALE - 1) // BLOCK_OF_SCALE
         scale = tl.load(scale_ptr + row // BLOCK_OF_SCALE * per_row + column // BLOCK_OF_SCALE)
