@@ -97,9 +97,8 @@ def _launch(x: Tensor, layer: MoELayer, policy: str, logits: Tensor, out: Tensor
     key = _key(x, layer, policy, trace is not None)
     prepared = _prepared.get(key)
     if prepared is None:
-        prepared = _remember(
-            key, Prepared(x, layer, policy, trace is not None, config_of(x.shape[0], x.element_size()))
-        )
+        config = config_of(x.shape[0], x.element_size(), layer.down_proj.element_size())
+        prepared = _remember(key, Prepared(x, layer, policy, trace is not None, config))
     while True:
         try:
             return prepared(x, layer, logits, out, trace)

@@ -38,13 +38,14 @@ class Config(NamedTuple):
         return min(255, REGISTERS // (32 * self.num_warps * self.programs) // 8 * 8)
 
 
-def config_of(T: int, itemsize: int) -> Config:
-    """Measured on an H200 with the sizes of Qwen3-30B-A3B, for tokens and weights of ``itemsize`` bytes an element."""
+def config_of(T: int, itemsize: int, weight_itemsize: int) -> Config:
+    """Measured on an H200 with the sizes of Qwen3-30B-A3B; bytes of an element of the tokens and of the weights."""
     if T <= 4:
         return Config(32, 64, 256 // itemsize, 256 // itemsize, stages=4)
-    if T > 16 and itemsize == 4:  # no tensor cores: what many tokens need would not fit the registers
-        return Config(16, 32, 32, 32, stages=4)
-    return Config(64, 128, 128 // itemsize, 128 // itemsize, stages=6)
+    if itemsize == 4:  # no tensor cores: what many tokens need would not fit the registers
+        return Config(16, 32, 32, 32, stages=4) if T > 16 else Config(64, 128, 32, 32, stages=6)
+    block = 128 // weight_itemsize
+    return Config(64, 128, block, block, stages=6 if weight_itemsize > 1 else 4)
 
 
 def tiles_of(sizes: Sizes, config: Config, G: int) -> Tiles:
