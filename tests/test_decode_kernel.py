@@ -57,14 +57,14 @@ def assert_unused(state):
 
 def prepared_for(x, layer, policy="auto", is_traced=False):
     """What a call has left prepared for the next one like it."""
-    return kernel._prepared[kernel._key(x, layer, policy, is_traced)]
+    return kernel._prepared[kernel._key(x, layer, policy, is_traced=is_traced)]
 
 
 def scratch_of(x, layer, policy="auto"):
     """The state and the buffers of the only stream that has called."""
     prepared = prepared_for(x, layer, policy)
-    (stream,) = prepared.scratch.of_stream
-    return prepared.scratch.of_stream[stream], prepared._buffers[stream]
+    (own,) = prepared._own_of_stream.values()
+    return own.state, own.buffers
 
 
 def run_kernel(x, layer, policy="auto", **options):
