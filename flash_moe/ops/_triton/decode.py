@@ -147,7 +147,8 @@ class Prepared:
 
     def __init__(self, x: Tensor, layer: MoELayer, policy: str, is_traced: bool, config: Config) -> None:
         self.config, self.device, self.dtype = config, x.device, x.dtype
-        self.logits_dtype, self.device_index = layer.router_weight.dtype, x.device.index
+        self.logits_dtype = layer.router_weight.dtype
+        self.device_index: int | None = x.device.index
         self.has_launched = False
         self.sizes, self.policy = sizes_of(x, layer), _policy_of(x, policy)
         self.num_programs = _num_programs(x.device, config)
