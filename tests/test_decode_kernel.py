@@ -6,6 +6,7 @@ import weakref
 from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -358,6 +359,33 @@ def test_tensors_that_kernels_do_not_read_as_they_are(again, device):
     parameter = torch.nn.Parameter(layer.down_proj, requires_grad=False)
     assert torch.equal(run_kernel(x, layer._replace(down_proj=parameter))[0], want)
     assert len(again) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU launches for real")
+def test_what_is_launched_past_triton(again, device):
+    """A compiled kernel gets every address in the kernel's order; a tensor off a multiple of 16 bytes goes by Triton."""
+    x, layer = small(device=device)
+    want, _ = run_kernel(x, layer)
+    prepared = prepared_for(x, layer)
+    launches = []
+    compiled = SimpleNamespace(run=lambda *arguments: launches.append(arguments), function=3, packed_metadata=4)
+    prepared._launch._compiled = compiled
+    out, logits = run_kernel(x, layer)
+    own = prepared._own_of_stream[0]
+    tensors = (x, *layer.tensors, logits, out, *prepared._arrays, *own.state, *own.buffers[:2], own.state.flag)
+    launch, arguments = launches[-1][:9], launches[-1][9:]
+    assert launch == (1, 1, 1, 0, 3, 4, None, None, None)
+    assert arguments[: len(tensors)] == tuple(None if each is None else each.data_ptr() for each in tensors)
+    assert len(arguments) == len(kernel.decode_kernel.arg_names)
+    for _ in range(2):
+        run(x, layer, backend="triton")
+    assert launches[-1][9 + 11] == own.buffers.logits.data_ptr()
+
+    off = torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+    assert off.data_ptr() % 16
+    assert torch.equal(run_kernel(off, layer)[0], want)
+    assert len(launches) == 3
+    assert len(again) == 3
 
 
 def test_what_is_forgotten_is_prepared_again(again, device, monkeypatch):
