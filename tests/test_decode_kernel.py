@@ -363,7 +363,7 @@ def test_tensors_that_kernels_do_not_read_as_they_are(again, device):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU launches for real")
 def test_what_is_launched_past_triton(again, device):
-    """A compiled kernel gets every address in the kernel's order; a tensor off a multiple of 16 bytes goes by Triton."""
+    """A compiled kernel gets every address in its order; a tensor off a multiple of 16 bytes goes through Triton."""
     x, layer = small(device=device)
     want, _ = run_kernel(x, layer)
     prepared = prepared_for(x, layer)
