@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_moe.ops._register import register_op
+from flash_moe.ops._register import PLAIN_TYPES, is_watched, register_op
 from flash_moe.ops.expert_mlp import DenseWeights
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def layer_inference(
@@ -39,8 +37,8 @@ def layer_inference(
     """
     mean, variance, eps = statistics
     tensors = (hidden_states, router_gate, mean, variance, down_weights, up_weights, *dense_weights)
-    # Of plain tensors nobody but a compiler needs to see an op, which costs the host 6 us.
-    is_plain = not torch.compiler.is_compiling() and all(type(x) in _PLAIN for x in tensors)
+    # An op costs the host 6 us.
+    is_plain = not is_watched() and all(type(x) in PLAIN_TYPES for x in tensors)
     out, logits, indices = (_forward if is_plain else torch.ops.flash_moe.layer_inference)(
         *[x.contiguous() for x in tensors], eps, num_experts_per_tok, norm_topk_prob, hidden_act
     )

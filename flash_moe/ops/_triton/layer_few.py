@@ -27,7 +27,7 @@ from flash_moe.ops._triton.gate import _load_norm
 from flash_moe.ops._triton.math import accurate_exp, activation, round_for
 from flash_moe.ops._triton.ranking import SMALLEST_KEY, is_above, ordered_key
 from flash_moe.ops._triton.relaunch import Relaunch
-from flash_moe.ops._triton.scratch import Scratch
+from flash_moe.ops._triton.scratch import Scratch, current_stream
 
 MAX_TOKENS, MAX_KEYS, MAX_CANDIDATES = 2, 256, 1024
 # A cache line each: how many launches there were, and what the programs of one count.
@@ -433,8 +433,7 @@ def _launch(sizes: _Sizes, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor,
     out, logits = torch.empty_like(x), x.new_empty(T, 2 * sizes.N)
     indices = torch.empty(T, sizes.K, dtype=torch.int64, device=device)
     scratch = torch.empty(plan.scratch_numel, dtype=torch.float32, device=device)
-    stream = triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
-    is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    stream, is_capturing = current_stream(device.index)
     counters = plan.counters.get(stream, is_capturing=is_capturing)
     plan.launch((x, *weights, counters, scratch, logits, indices, out), stream)
     return out, logits, indices
