@@ -729,6 +729,18 @@ def test_trace(T, policy, device):
 
 @pytest.mark.gpu
 @every_policy
+def test_without_a_trace_there_is_no_code_of_it(policy, device):
+    x, layer = make_decode_inputs(3, 64, 48, 6, Routing(2), torch.bfloat16, device)
+    reads_clock = []
+    for trace in (None, Trace()):
+        run_kernel(x, layer, policy, trace=trace)
+        compiled = prepared_for(x, layer, policy, is_traced=trace is not None)._launch._compiled
+        reads_clock.append("globaltimer" in compiled.asm["ptx"])
+    assert reads_clock == [False, True]
+
+
+@pytest.mark.gpu
+@every_policy
 def test_a_task_starts_after_what_it_waits_for(policy, device):
     """On the GPU's own clock, which all of its programs share."""
     x, layer = qwen3(4, torch.bfloat16, device)

@@ -103,7 +103,7 @@ def kernel_constants(
         "DOWN_ROWS": config.down_rows,
         "COMBINE_COLUMNS": tiles.combine_columns,
         "COMBINE_TOKENS": tiles.combine_tokens,
-        # Whole, however few columns there are: for a single step of 32 columns of 16 bits ptxas 12.8 makes one operand's
+        # Whole, however few columns there are: for a single step of 32 columns of 16 bits ptxas 12.8 makes an operand's
         # address from a register that nothing was written to.
         "BLOCK_H": config.block_h,
         "BLOCK_I": config.block_i,
