@@ -1,6 +1,8 @@
 """Launches past Triton's binder, to which a kernel of 40 arguments takes the host longer than the GPU needs for it."""
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import triton
@@ -31,7 +33,7 @@ class Relaunch:
     def __call__(self, tensors: Sequence[Tensor | None], stream: int) -> None:
         """``stream``: the handle of the current stream."""
         addresses = [None if x is None else x.data_ptr() for x in tensors]
-        is_aligned = not any(address % ALIGNMENT for address in addresses if address is not None)
+        is_aligned = reduce(or_, filter(None, addresses), 0) % ALIGNMENT == 0
         compiled, hooks = self._compiled, triton.knobs.runtime
         if compiled is None or not is_aligned or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
             # The interpreter compiles nothing, and gives None.
