@@ -58,3 +58,11 @@ class MoELayer(NamedTuple):
     shared: SharedExpert | None = None
     gate_up_scale: Tensor | None = None
     down_scale: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of the op's schema and of the kernel's arguments."""
+        return (
+            self.router_weight, self.gate_up_proj, self.down_proj, self.routing.correction_bias,
+            *(self.shared or (None, None, None, None)), self.gate_up_scale, self.down_scale,
+        )  # fmt: skip

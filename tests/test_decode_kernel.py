@@ -1,18 +1,36 @@
 """The one launch of flash_decode: values for every option, ties, refusals, waits that give up, graphs, a busy GPU."""
 
 import gc
+import warnings
 import weakref
 from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_decode import DTYPES, ROUTINGS, assert_right, describe, every_dtype, op_arguments, run, with_bias
+from test_decode import (
+    DTYPES,
+    REFUSALS,
+    ROUTINGS,
+    arguments,
+    assert_right,
+    describe,
+    every_dtype,
+    op_arguments,
+    run,
+    with_bias,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from flash_moe import flash_decode
 from flash_moe._activations import ACTIVATIONS
 from flash_moe._moe_layer import NoRoomError, Routing
+from flash_moe.ops import flash_decode as module
 from flash_moe.schedule.policies import POLICIES
 from flash_moe.schedule.trace import Trace
 from flash_moe.testing import make_decode_inputs, poison_memory
@@ -42,6 +60,7 @@ def scratch(device, monkeypatch):
     if device.type == "cpu":
         monkeypatch.setattr(kernel, "MAX_POLLS", 100)
     monkeypatch.setattr(kernel, "_prepared", OrderedDict())
+    monkeypatch.setattr(module, "_repeatable", weakref.WeakValueDictionary())
     yield
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -57,14 +76,14 @@ def assert_unused(state):
 
 def prepared_for(x, layer, policy="auto", is_traced=False):
     """What a call has left prepared for the next one like it."""
-    return kernel._prepared[kernel._key(x, layer, policy, is_traced)]
+    return kernel._prepared[kernel._key(x, layer, policy, is_traced=is_traced)]
 
 
 def scratch_of(x, layer, policy="auto"):
     """The state and the buffers of the only stream that has called."""
     prepared = prepared_for(x, layer, policy)
-    (stream,) = prepared.scratch.of_stream
-    return prepared.scratch.of_stream[stream], prepared._buffers[stream]
+    (own,) = prepared._own_of_stream.values()
+    return own.state, own.buffers
 
 
 def run_kernel(x, layer, policy="auto", **options):
@@ -214,6 +233,204 @@ def test_giving_up_is_told_under_debug(policy, device, monkeypatch):
     assert torch.equal(run_kernel(x, layer, policy)[0], want)
 
 
+# A call like an earlier one goes past the checks and the dispatcher
+
+
+@pytest.fixture
+def again(monkeypatch):
+    """A list that grows with every call that goes straight to its prepared launch."""
+    calls, original = [], kernel.Prepared.again
+    monkeypatch.setattr(kernel.Prepared, "again", lambda *arguments: calls.append(1) or original(*arguments))
+    return calls
+
+
+def small(T=2, dtype=torch.float32, device="cpu", seed=0):
+    return make_decode_inputs(T, 16, 8, 6, Routing(2), dtype, device, seed)
+
+
+@pytest.mark.parametrize("has_everything", [False, True])
+def test_a_repeated_call_gives_what_a_first_one_gives(has_everything, again, device):
+    routing, options = Routing(2), {}
+    if has_everything:
+        routing = with_bias(Routing(2, True, "sigmoid", "bias", 4, 2, 2.5), 8, device)
+        options = {"shared_intermediate_size": 8, "has_shared_gate": True, "scale": "row"}
+    inputs = [make_decode_inputs(2, 24, 8, 8, routing, torch.bfloat16, device, seed, **options) for seed in range(3)]
+    firsts = [run_kernel(*inputs[0])]
+    for each in inputs[1:]:
+        module._repeatable.clear()
+        firsts.append(run_kernel(*each))
+    assert not again
+    alone = [run(x, layer, backend="triton") for x, layer in inputs for _ in range(2)]
+    assert len(again) == 5
+    with torch.no_grad(), poison_memory():
+        both = [run_kernel(*each) for each in inputs]
+    assert len(again) == 8
+    for number, (out, logits) in enumerate(firsts):
+        assert torch.equal(both[number][0], out)
+        assert torch.equal(both[number][1], logits)
+        assert torch.equal(alone[2 * number], out)
+        assert torch.equal(alone[2 * number + 1], out)
+    memory = [x.untyped_storage().data_ptr() for x in (*alone, *sum(both, ()))]
+    assert len(set(memory)) == len(memory)
+
+
+FURTHER_REFUSALS = [
+    ({"num_experts_per_tok": True}, TypeError, "num_experts_per_tok: expected an integer; got bool"),
+    ({"num_expert_groups": 1.0}, TypeError, "num_expert_groups: expected an integer; got float"),
+    ({"routed_scaling_factor": True}, TypeError, "routed_scaling_factor: expected a number; got bool"),
+    ({"return_router_logits": 0}, TypeError, "return_router_logits: expected True or False; got 0"),
+    ({"scoring": ["softmax"]}, ValueError, r"scoring: expected one of softmax, sigmoid; got \['softmax'\]"),
+    ({"down_proj": lambda x: x.clone().requires_grad_()}, ValueError, "down_proj: expected no gradient"),
+    ({"hidden_states": lambda x: x.clone().requires_grad_()}, ValueError, "hidden_states: expected no gradient"),
+]
+
+
+@pytest.mark.parametrize("changes, error, message", REFUSALS + FURTHER_REFUSALS)
+def test_whatever_a_check_looks_at_is_looked_at_again(changes, error, message, again, device):
+    """The errors of test_decode.py, and others, after a good call and its repetition."""
+    on_device = {name: x.to(device) if torch.is_tensor(x) else x for name, x in arguments().items()}
+    good = on_device | {"num_experts_per_tok": 1 if changes.get("num_experts_per_tok") is True else 2}
+    for _ in range(2):
+        flash_decode(**good, backend="triton")
+    assert len(again) == 1
+    if device.type == "cuda":
+        message = message.replace("device cpu", "device cuda")
+    changed = {name: change(good[name]) if callable(change) else change for name, change in changes.items()}
+    moved = {name: x.to(device) if torch.is_tensor(x) and x.device.type == "cpu" else x for name, x in changed.items()}
+    with pytest.raises(error, match=message):
+        flash_decode(**{**good, "backend": "triton", **moved})
+    assert len(again) == 1
+
+
+def test_gradients_are_refused_only_where_they_are_enabled(again, device):
+    x, layer = small(device=device)
+    x.requires_grad_()
+    for _ in range(2):
+        with torch.no_grad():
+            run_kernel(x, layer)
+    assert len(again) == 1
+    with pytest.raises(ValueError, match="hidden_states: expected no gradient"):
+        run_kernel(x, layer)
+
+
+class Tagged(torch.Tensor):
+    """A subclass of which ``__torch_function__`` sees every op."""
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops.append(op)
+        return op(*args, **(kwargs or {}))
+
+
+def test_what_has_to_be_seen_as_an_op_is_one(again, device):
+    x, layer = small(device=device)
+    want, _ = run_kernel(x, layer)
+    op = torch.ops.flash_moe.flash_decode.default
+    with Seen() as seen:
+        assert torch.equal(run_kernel(x, layer)[0], want)
+    assert op in seen.ops
+    assert type(run_kernel(x.as_subclass(Tagged), layer)[0]) is Tagged
+    traced = make_fx(lambda x: run_kernel(x, layer)[0])(x)
+    assert op in [node.target for node in traced.graph.nodes]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing, that a later version drops it and that sizes are constants
+        traced = torch.jit.trace(lambda x: run_kernel(x, layer)[0], x, check_trace=False)
+    assert "flash_moe::flash_decode" in str(traced.graph)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert run_kernel(mode.from_tensor(x), layer)[0].shape == x.shape
+    assert torch.equal(torch.vmap(lambda x: run_kernel(x, layer)[0])(torch.stack([x, x])), torch.stack([want, want]))
+    assert not again
+
+
+def test_tensors_that_kernels_do_not_read_as_they_are(again, device):
+    x, layer = small(device=device)
+    want, _ = run_kernel(x, layer)
+    strided = x.t().contiguous().t()
+    negated = torch._neg_view(-x)
+    assert negated.is_contiguous()
+    for each in (strided, negated):
+        assert torch.equal(run_kernel(each, layer)[0], want)
+    assert not again
+    parameter = torch.nn.Parameter(layer.down_proj, requires_grad=False)
+    assert torch.equal(run_kernel(x, layer._replace(down_proj=parameter))[0], want)
+    assert len(again) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU launches for real")
+def test_what_is_launched_past_triton(again, device):
+    """A compiled kernel gets every address in the kernel's order; a tensor off a multiple of 16 bytes goes by Triton."""
+    x, layer = small(device=device)
+    want, _ = run_kernel(x, layer)
+    prepared = prepared_for(x, layer)
+    launches = []
+    compiled = SimpleNamespace(run=lambda *arguments: launches.append(arguments), function=3, packed_metadata=4)
+    prepared._launch._compiled = compiled
+    out, logits = run_kernel(x, layer)
+    own = prepared._own_of_stream[0]
+    tensors = (x, *layer.tensors, logits, out, *prepared._arrays, *own.state, *own.buffers[:2], own.state.flag)
+    launch, arguments = launches[-1][:9], launches[-1][9:]
+    assert launch == (1, 1, 1, 0, 3, 4, None, None, None)
+    assert arguments[: len(tensors)] == tuple(None if each is None else each.data_ptr() for each in tensors)
+    assert len(arguments) == len(kernel.decode_kernel.arg_names)
+    for _ in range(2):
+        run(x, layer, backend="triton")
+    assert launches[-1][9 + 11] == own.buffers.logits.data_ptr()
+
+    off = torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+    assert off.data_ptr() % 16
+    assert torch.equal(run_kernel(off, layer)[0], want)
+    assert len(launches) == 3
+    assert len(again) == 3
+
+
+def test_what_is_forgotten_is_prepared_again(again, device, monkeypatch):
+    monkeypatch.setattr(kernel, "MAX_PREPARED", 1)
+    x, layer = small(device=device)
+    want, _ = run_kernel(x, layer)
+    prepared = weakref.ref(prepared_for(x, layer))
+    run_kernel(x[:1], layer)
+    assert prepared() is None
+    assert len(module._repeatable) == 1
+    assert torch.equal(run_kernel(x, layer)[0], want)
+    assert not again
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_no_room_for_a_repeated_call(backend, again, device, monkeypatch):
+    """As for a first one: fewer programs, then another backend, or an error that says so."""
+    x, layer = small(device=device)
+    monkeypatch.setattr(module, "_backend_of", lambda x, layer, backend: "triton" if backend == "auto" else backend)
+    want = run(x, layer, backend=backend)
+
+    def refuse(*_):
+        raise RuntimeError("too many blocks in cooperative launch")
+
+    monkeypatch.setattr(kernel.Relaunch, "__call__", refuse)
+    if backend == "triton":
+        with pytest.raises(NoRoomError, match="expected room for a program a multiprocessor"):
+            run(x, layer, backend=backend)
+    else:
+        torch.testing.assert_close(run(x, layer), want)
+    assert len(again) == 1
+
+
+def test_other_errors_of_a_repeated_launch_are_not_swallowed(again, device, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("an illegal memory access")
+
+    x, layer = small(device=device)
+    run_kernel(x, layer)
+    monkeypatch.setattr(kernel.Relaunch, "__call__", fail)
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        run_kernel(x, layer)
+    assert len(again) == 1
+
+
 # What every op promises
 
 
@@ -304,6 +521,29 @@ def test_one_launch_that_allocates_nothing_but_its_results_and_waits_for_nothing
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] - before == 2
+
+
+@pytest.mark.gpu
+def test_a_repeated_call_allocates_its_output_alone(again, device):
+    x, layer = make_decode_inputs(3, 256, 128, 32, Routing(4), torch.bfloat16, device)
+    want = run(x, layer)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    outs = [run(x, layer) for _ in range(3)]
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] - before == 3
+    assert len(again) == 3
+    assert all(torch.equal(out, want) for out in outs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_repeated_call_on_another_device_than_the_current_one(again):
+    for index in (1, 0, 1):
+        x, layer = make_decode_inputs(3, 256, 128, 32, Routing(4), torch.bfloat16, torch.device("cuda", index))
+        want = run(x, layer, backend="reference")
+        for _ in range(2):
+            torch.testing.assert_close(run(x, layer), want, rtol=0.02, atol=0.02 * want.abs().max().item())
+        assert torch.cuda.current_device() == 0
+    assert len(again) == 4
 
 
 def capture(x, layer, policy, count):

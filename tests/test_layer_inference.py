@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_moe import FlashMoE, FlashMoEConfig
 from flash_moe.testing import assert_no_worse_than, poison_memory, to_float64
@@ -95,6 +96,18 @@ def test_a_tensor_of_another_kind_goes_through_the_op(device, monkeypatch):
     assert not called
     assert torch.equal(run(layer, x.as_subclass(Other))[0], want)
     assert called
+
+
+def test_a_mode_sees_the_op(device):
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            ops.append(op)
+            return op(*args, **(kwargs or {}))
+
+    ops, layer, x = [], make_layer(torch.float32, device), torch.randn(3, 24, device=device)
+    with Seen():
+        run(layer, x)
+    assert torch.ops.flash_moe.layer_inference.default in ops
 
 
 @pytest.mark.gpu

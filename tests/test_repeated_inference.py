@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_moe import FlashMoE, FlashMoEConfig
 from flash_moe.testing import poison_memory
@@ -204,6 +205,29 @@ def test_hooks_registered_later(kind, name, device, repeats):
     handle.remove()
     infer(layer, x)
     assert repeats == [False, True]  # not even asked where somebody watches
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops.append(op)
+        return op(*args, **(kwargs or {}))
+
+
+def test_modes_that_come_later_see_everything(device, repeats):
+    layer, x = make_layer(device), make_x(device, 1)
+    want, _ = [infer(layer, x) for _ in range(2)][1]
+    with Seen() as seen, torch.no_grad():
+        y, _ = layer(x)
+    assert torch.equal(y, want)
+    assert torch.ops.flash_moe.layer_inference.default in seen.ops
+    with torch.device(device), torch.no_grad():  # a mode for functions
+        layer(x)
+    infer(layer, x)
+    assert repeats == [False, True, False, False, True]
 
 
 def test_usage_is_counted_in_every_call(device):

@@ -31,6 +31,7 @@ from flash_moe.modules.rank_sums import spans_ranks
 from flash_moe.modules.recomputation import LossOnTheSide, add_once, copy_once
 from flash_moe.modules.router_losses import load_balancing_loss, router_z_loss
 from flash_moe.modules.token_batch_norm import token_batch_norm, token_batch_norm_gate
+from flash_moe.ops._register import is_watched
 from flash_moe.ops.expert_mlp import expert_mlp
 from flash_moe.ops.flash_expert import flash_expert
 from flash_moe.ops.flash_gate import fuses_gate
@@ -362,7 +363,7 @@ class FlashMoE(nn.Module):
 
         The checks and the way to a kernel take the host longer than the kernel takes for one token.
         """
-        if torch.compiler.is_compiling() or (last := self._last_inference) is None:
+        if is_watched() or (last := self._last_inference) is None:
             return None
         tensors, eps = self._tensors(hidden_states, weights)
         if last.config is not self.config or last.eps != eps or not last.inference.takes(tensors):
@@ -372,7 +373,7 @@ class FlashMoE(nn.Module):
 
     def _remember(self, hidden_states: Tensor, weights: dict[str, Tensor]) -> None:
         """Make it possible to infer again, after this call of ``layer_inference``."""
-        if torch.compiler.is_compiling() or self.config.track_expert_usage:
+        if is_watched() or self.config.track_expert_usage:
             return
         config, (tensors, eps) = self.config, self._tensors(hidden_states, weights)
         options = (config.num_experts_per_tok, config.norm_topk_prob, config.hidden_act)

@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+# Of tensors that do nothing of their own when an op is called with them.
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
 
 def register_op(
     schema: str,
@@ -43,3 +46,18 @@ def _register_autograd(name: str, backward: Callable[..., Any], setup_context: C
         return (None,) * len(ctx.needs_input_grad) if grads[0] is None else backward(ctx, *grads)
 
     torch.library.register_autograd(name, formula, setup_context=remember)
+
+
+def is_watched() -> bool:
+    """Whether somebody has to see an op: a compiler, a tracer, a mode, or a transform such as vmap.
+
+    Where nobody has, an op's implementation may be called past the dispatcher, with tensors of ``PLAIN_TYPES``. There
+    are no public names for most of this; these are in torch 2.11 and in 2.13.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+    )

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_moe.ops._register import register_op
+from flash_moe.ops._register import PLAIN_TYPES, is_watched, register_op
 from flash_moe.ops.expert_mlp import DenseWeights
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 # What torch.compile itself guards with. A PyTorch without it, since it is nobody's promise, only makes calls slower.
 _TensorGuards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 
@@ -42,8 +41,8 @@ def layer_inference(
     """
     mean, variance, eps = statistics
     tensors = (hidden_states, router_gate, mean, variance, down_weights, up_weights, *dense_weights)
-    # Of plain tensors nobody but a compiler needs to see an op, which costs the host 6 us.
-    is_plain = not torch.compiler.is_compiling() and all(type(x) in _PLAIN for x in tensors)
+    # An op costs the host 6 us.
+    is_plain = not is_watched() and all(type(x) in PLAIN_TYPES for x in tensors)
     out, logits, indices = (_forward if is_plain else torch.ops.flash_moe.layer_inference)(
         *[x.contiguous() for x in tensors], eps, num_experts_per_tok, norm_topk_prob, hidden_act
     )
@@ -74,8 +73,8 @@ class RepeatedInference:
 def repeated_inference(
     tensors: tuple[Tensor, ...], eps: float, num_experts_per_tok: int, norm_topk_prob: bool, hidden_act: str
 ) -> RepeatedInference | None:
-    """For calls that are like one of ``layer_inference`` that was checked; ``None`` where that takes more launches."""
-    if _TensorGuards is None or not all(type(x) in _PLAIN and x.is_contiguous() for x in tensors):
+    """For calls like one of ``layer_inference`` that was checked, which nobody watches; ``None`` of more launches."""
+    if _TensorGuards is None or not all(type(x) in PLAIN_TYPES and x.is_contiguous() for x in tensors):
         return None
     from flash_moe.ops._triton import layer_inference as kernels
 

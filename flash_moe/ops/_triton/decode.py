@@ -5,7 +5,8 @@ T tokens, H hidden size, I intermediate size, E experts, K experts a token, G pr
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from flash_moe.ops._triton.counters import LINE, MAX_POLLS
 from flash_moe.ops._triton.decode_config import Config, config_of, kernel_constants, tiles_of
 from flash_moe.ops._triton.decode_kernel import FEW, NUM_OWN, decode_kernel
 from flash_moe.ops._triton.decode_routing import TAKER_STRIDE
-from flash_moe.ops._triton.decode_scratch import Buffers, State
+from flash_moe.ops._triton.decode_scratch import Buffers, Own, State
 from flash_moe.ops._triton.decode_trace import MAX_RECORDS, fill_trace, make_records
 from flash_moe.ops._triton.math import INTERPRETED
-from flash_moe.ops._triton.relaunch import Relaunch
-from flash_moe.ops._triton.scratch import Scratch
+from flash_moe.ops._triton.relaunch import Kept, Relaunch
+from flash_moe.ops._triton.scratch import Scratch, current_stream
 from flash_moe.schedule.decode import SELECTED, build_schedule
 from flash_moe.schedule.tasks import sizes_of
 from flash_moe.schedule.trace import Trace
@@ -75,6 +76,12 @@ def decode_traced(hidden_states: Tensor, layer: MoELayer, policy: str, trace: Tr
     return _decode(hidden_states, layer, policy, trace)
 
 
+def prepared_for(hidden_states: Tensor, layer: MoELayer, policy: str) -> "Prepared | None":
+    """What a call of ``decode_forward`` has left for others like it; ``None`` where nothing was launched."""
+    prepared = _prepared.get(_key(hidden_states, layer, policy, is_traced=False))
+    return prepared if prepared is not None and prepared.has_launched else None
+
+
 def _decode(x: Tensor, layer: MoELayer, policy: str, trace: Trace | None) -> tuple[Tensor, Tensor]:
     check_decode(x, layer)
     out = torch.empty_like(x)
@@ -94,7 +101,7 @@ _captured: set["Prepared"] = set()
 
 def _launch(x: Tensor, layer: MoELayer, policy: str, logits: Tensor, out: Tensor, trace: Trace | None) -> None:
     """All programs at once, of as many as there is room for."""
-    key = _key(x, layer, policy, trace is not None)
+    key = _key(x, layer, policy, is_traced=trace is not None)
     prepared = _prepared.get(key)
     if prepared is None:
         prepared = _remember(
@@ -102,14 +109,18 @@ def _launch(x: Tensor, layer: MoELayer, policy: str, logits: Tensor, out: Tensor
         )
     while True:
         try:
-            return prepared(x, layer, logits, out, trace)
+            return prepared((x, *layer.tensors), logits, out, trace)
         except (RuntimeError, OutOfResources) as error:
-            if not isinstance(error, OutOfResources) and "cooperative" not in str(error):
+            if not _is_want_of_room(error):
                 raise
             config = prepared.config._replace(programs=prepared.config.programs - 1)
             if config.programs == 0:
                 raise NoRoomError(f"flash_decode: expected room for a program a multiprocessor; got {error}") from error
             prepared = _remember(key, Prepared(x, layer, policy, trace is not None, config))
+
+
+def _is_want_of_room(error: Exception) -> bool:
+    return isinstance(error, OutOfResources) or "cooperative" in str(error)
 
 
 def _remember(key: Hashable, prepared: "Prepared") -> "Prepared":
@@ -119,7 +130,7 @@ def _remember(key: Hashable, prepared: "Prepared") -> "Prepared":
     return prepared
 
 
-def _key(x: Tensor, layer: MoELayer, policy: str, is_traced: bool) -> Hashable:
+def _key(x: Tensor, layer: MoELayer, policy: str, *, is_traced: bool) -> Hashable:
     """All that a call's preparation depends on."""
     routing, shared, bias = layer.routing, layer.shared, layer.routing.correction_bias
     return (
@@ -136,13 +147,17 @@ class Prepared:
 
     def __init__(self, x: Tensor, layer: MoELayer, policy: str, is_traced: bool, config: Config) -> None:
         self.config, self.device, self.dtype = config, x.device, x.dtype
+        self.logits_dtype = layer.router_weight.dtype
+        self.device_index: int | None = x.device.index
+        self.has_launched = False
         self.sizes, self.policy = sizes_of(x, layer), _policy_of(x, policy)
         self.num_programs = _num_programs(x.device, config)
         self.schedule = build_schedule(self.sizes, tiles_of(self.sizes, config, self.num_programs), self.num_programs)
         arrays = self.schedule.serialize()
         self._arrays = [torch.tensor(array, dtype=torch.int32, device=x.device) for array in arrays]
-        self.scratch = Scratch(self._make_states, x.device)
-        self._buffers: dict[int, Buffers] = {}
+        # Not a method of this object, which would then outlive its last reference.
+        self.scratch = Scratch(partial(_make_states, self._state_lines(), x.device), x.device)
+        self._own_of_stream: dict[int, Own] = {}
         options: dict[str, Any] = {"num_warps": config.num_warps}
         if not INTERPRETED:
             # All programs at once or an error, since they wait for each other.
@@ -155,24 +170,40 @@ class Prepared:
         factor = float(layer.routing.routed_scaling_factor)
         self._launch = Relaunch(decode_kernel, self.num_programs, self._numbers(factor), constants, **options)
 
-    def __call__(self, x: Tensor, layer: MoELayer, logits: Tensor, out: Tensor, trace: Trace | None) -> None:
-        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-        is_capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if is_capturing:
-            _captured.add(self)
-        state, buffers = self.scratch.get(stream, is_capturing=is_capturing), self._buffers_of(stream, is_capturing)
-        records = state.flag if trace is None else make_records(self.num_programs, x.device)
-        shared = layer.shared or (None, None, None, None)
-        tensors = (
-            x, layer.router_weight, layer.gate_up_proj, layer.down_proj, layer.routing.correction_bias, *shared,
-            layer.gate_up_scale, layer.down_scale, logits, out, *self._arrays, *state, *buffers, records,
-        )  # fmt: skip
-        self._launch(tensors, stream)
+    def __call__(
+        self, tensors: Sequence[Tensor | None], logits: Tensor | None, out: Tensor, trace: Trace | None = None
+    ) -> None:
+        """``tensors``: the hidden states, which are on the current device, and the layer's."""
+        stream, is_capturing = current_stream(self.device_index)
+        own = None if is_capturing else self._own_of_stream.get(stream)
+        if own is None:
+            own = self._make_own(stream, is_capturing)
+        state, buffers, kept = own
+        if trace is not None:
+            records = make_records(self.num_programs, self.device)
+            kept = Kept.of(*kept.tensors[:-1], records)
+        self._launch((*tensors, buffers.logits if logits is None else logits, out), stream, kept)
+        self.has_launched = True
         if debug_enabled() and not is_capturing:
             _check_flag(state)
         if trace is not None:
             slots = state.slots[: self.num_programs * self.sizes.E].view(self.num_programs, -1)
             fill_trace(trace, records, slots, self.schedule, self.policy)
+
+    def again(self, tensors: Sequence[Any], return_router_logits: bool) -> Tensor | tuple[Tensor, Tensor] | None:
+        """A call of ``flash_decode`` that is as an earlier one was; ``None`` where there is no longer room for it."""
+        if self.device_index is not None and self.device_index != torch.cuda.current_device():
+            with torch.cuda.device(self.device_index):
+                return self.again(tensors, return_router_logits)
+        out = torch.empty_like(tensors[0])
+        logits = tensors[1].new_empty(self.sizes.T, self.sizes.E) if return_router_logits else None
+        try:
+            self(tensors, logits, out)
+        except (RuntimeError, OutOfResources) as error:
+            if not _is_want_of_room(error):
+                raise
+            return None
+        return out if logits is None else (out, logits)
 
     @property
     def _num_counters(self) -> int:
@@ -198,7 +229,8 @@ class Prepared:
             MAX_RECORDS, schedule.num_counters, self._num_places,
         )  # fmt: skip
 
-    def _make_states(self, count: int) -> list[State]:
+    def _state_lines(self) -> list[int]:
+        """The sizes of a ``State``'s parts."""
         T, E, G, block_e = self.sizes.T, self.sizes.E, self.num_programs, triton.next_power_of_2(self.sizes.E)
         sizes = {
             "counters": self._num_counters * LINE.value, "flag": 1, "takers": E * TAKER_STRIDE.value, "pairs": T * E,
@@ -206,20 +238,20 @@ class Prepared:
             "doorbells": G * LINE.value, "busy": G,
         }  # fmt: skip
         # Whole lines: what begins off a line would compile to other code.
-        lines = [triton.cdiv(sizes[name], LINE.value) * LINE.value for name in State._fields]
-        states = torch.zeros(count, sum(lines), dtype=torch.int32, device=self.device)
-        found = [State(*each.split(lines)) for each in states]
-        return [state._replace(weights=state.weights.view(torch.float32)) for state in found]
+        return [triton.cdiv(sizes[name], LINE.value) * LINE.value for name in State._fields]
 
-    def _buffers_of(self, stream: int, is_capturing: bool) -> Buffers:
-        """A stream's own; a captured call's are in its graph's memory."""
+    def _make_own(self, stream: int, is_capturing: bool) -> Own:
+        """A stream's, which are kept, or a captured call's, whose buffers are in its graph's memory."""
         if is_capturing:
-            return self._make_buffers()
-        if stream not in self._buffers:
-            self._buffers[stream] = self._make_buffers()
-            for given_up in self._buffers.keys() - self.scratch.of_stream.keys():
-                del self._buffers[given_up]
-        return self._buffers[stream]
+            _captured.add(self)
+        state, buffers = self.scratch.get(stream, is_capturing=is_capturing), self._make_buffers()
+        records = state.flag  # which nobody writes without a trace
+        own = Own(state, buffers, Kept.of(*self._arrays, *state, buffers.activated, buffers.products, records))
+        if not is_capturing:
+            self._own_of_stream[stream] = own
+            for given_up in self._own_of_stream.keys() - self.scratch.of_stream.keys():
+                del self._own_of_stream[given_up]
+        return own
 
     def _make_buffers(self) -> Buffers:
         sizes, (activated_stride, product_stride) = self.sizes, self._strides
@@ -228,7 +260,14 @@ class Prepared:
         rows = shared + sizes.T * (sizes.num_slots if sizes.T <= FEW.value else sizes.K)
         activated = torch.empty(rows, activated_stride, dtype=self.dtype, device=self.device)
         rows = shared + sizes.T * sizes.K
-        return Buffers(activated, torch.empty(rows, product_stride, dtype=torch.float32, device=self.device))
+        products = torch.empty(rows, product_stride, dtype=torch.float32, device=self.device)
+        return Buffers(activated, products, torch.empty(sizes.T, sizes.E, dtype=self.logits_dtype, device=self.device))
+
+
+def _make_states(lines: list[int], device: torch.device, count: int) -> list[State]:
+    states = torch.zeros(count, sum(lines), dtype=torch.int32, device=device)
+    found = [State(*each.split(lines)) for each in states]
+    return [state._replace(weights=state.weights.view(torch.float32)) for state in found]
 
 
 def _policy_of(x: Tensor, policy: str) -> str:

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from flash_moe.ops._triton.relaunch import Kept
+
 
 class State(NamedTuple):
     """Counters, takers, ready, doorbells and busy are zero between calls.
@@ -24,7 +26,16 @@ class State(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Nothing in them outlives a call."""
+    """Nothing in them outlives a call. ``logits`` are the router's where the caller does not ask for them."""
 
     activated: Tensor
     products: Tensor
+    logits: Tensor
+
+
+class Own(NamedTuple):
+    """What belongs to one stream, or to one call in a graph; ``kept`` is all of it that every launch takes."""
+
+    state: State
+    buffers: Buffers
+    kept: Kept

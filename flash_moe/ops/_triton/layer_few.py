@@ -27,8 +27,8 @@ from flash_moe.ops._triton.counters import LINE, MAX_POLLS, arrive, wait_again
 from flash_moe.ops._triton.gate import _load_norm
 from flash_moe.ops._triton.math import accurate_exp, activation, round_for
 from flash_moe.ops._triton.ranking import SMALLEST_KEY, is_above, ordered_key
-from flash_moe.ops._triton.relaunch import Relaunch
-from flash_moe.ops._triton.scratch import Scratch
+from flash_moe.ops._triton.relaunch import Kept, Relaunch
+from flash_moe.ops._triton.scratch import Scratch, current_stream
 
 MAX_TOKENS, MAX_KEYS, MAX_CANDIDATES = 2, 256, 1024
 # A cache line each: how many launches there were, and what the programs of one count.
@@ -291,7 +291,7 @@ def _routed_sum(parts_ptr, weights_ptr, row, end, H: tl.constexpr, K: tl.constex
 @triton.jit
 def _layer_kernel(
     x_ptr, router_ptr, mean_ptr, variance_ptr, down_embed_ptr, up_embed_ptr, gate_ptr, up_ptr, down_ptr,
-    counters_ptr, scratch_ptr, logits_ptr, indices_ptr, out_ptr, eps, max_polls,
+    logits_ptr, out_ptr, counters_ptr, scratch_ptr, indices_ptr, eps, max_polls,
     T: tl.constexpr, H: tl.constexpr, I: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     R: tl.constexpr, NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr, NUM_ROUTERS: tl.constexpr,
     FIRST_GATED: tl.constexpr, ROWS: tl.constexpr, GATE_CHUNKS: tl.constexpr, GATE_WIDTH: tl.constexpr,
@@ -398,8 +398,8 @@ class _Sizes(NamedTuple):
 @dataclass
 class _Memory:
     counters: Tensor
-    unseen: tuple[Tensor, Tensor] | None = None
-    """Scratch and indices of calls that are not asked for indices. A graph has its own, in its pool."""
+    kept: Kept | None = None
+    """Counters, scratch and indices, for a stream's calls that are not asked for indices."""
 
 
 class FewTokens:
@@ -429,31 +429,28 @@ class FewTokens:
             weights: the gate's, running mean and variance, both tables, and the MLP's three; all contiguous.
             indices: takes the experts, ``[T, K]`` int64, if anybody wants them.
         """
-        index, stream, is_capturing = self._device.index, 0, False
-        if self._is_cuda:
-            if index != torch.cuda.current_device():
-                with torch.cuda.device(index):
-                    return self(x, *weights, indices=indices)
-            stream = triton.runtime.driver.active.get_current_stream(index)
-            is_capturing = torch.cuda.is_current_stream_capturing()
+        index = self._device.index
+        if self._is_cuda and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                return self(x, *weights, indices=indices)
+        stream, is_capturing = current_stream(index)
         memory = self.memory.get(stream, is_capturing=is_capturing)
-        if indices is None and memory.unseen is not None:
-            scratch, indices = memory.unseen
+        if indices is not None:
+            kept = self._keep(memory.counters, indices)
+        elif memory.kept is not None:
+            kept = memory.kept
         else:
-            scratch, indices = self._make_unseen(memory, indices, is_capturing)
+            kept = self._keep(memory.counters, x.new_empty(self._num_pairs, dtype=torch.int64))
+            if not is_capturing:  # a graph's memory is for its pool to use again
+                memory.kept = kept
         out = torch.empty_like(x)
         logits = x.new_empty_strided(*self._logits_layout)
-        self._launch((x, *weights, memory.counters, scratch, logits, indices, out), stream)
+        self._launch((x, *weights, logits, out), stream, kept)
         return out, logits
 
-    def _make_unseen(self, memory: _Memory, indices: Tensor | None, is_capturing: bool) -> tuple[Tensor, Tensor]:
+    def _keep(self, counters: Tensor, indices: Tensor) -> Kept:
         scratch = torch.empty(self._scratch_numel, dtype=torch.float32, device=self._device)
-        if indices is not None:
-            return scratch, indices
-        unseen = scratch, torch.empty(self._num_pairs, dtype=torch.int64, device=self._device)
-        if not is_capturing:
-            memory.unseen = unseen
-        return unseen
+        return Kept.of(counters, scratch, indices)
 
 
 def takes(T: int, num_expert_keys: int, num_experts_per_tok: int) -> bool:

@@ -1,14 +1,26 @@
 """Launches past Triton's binder, to which a kernel of 40 arguments takes the host longer than the GPU needs for it."""
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
-from operator import or_
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
 
 ALIGNMENT = 16
+
+
+class Kept(NamedTuple):
+    """Tensors that stay where they are from call to call, so that their addresses are asked for once."""
+
+    tensors: tuple[Tensor, ...]
+    addresses: tuple[int, ...]
+
+    @classmethod
+    def of(cls, *tensors: Tensor) -> "Kept":
+        return cls(tensors, tuple(x.data_ptr() for x in tensors))
+
+
+NOTHING = Kept((), ())
 
 
 class Relaunch:
@@ -30,18 +42,21 @@ class Relaunch:
         self._rest = (*self._numbers, *(constants[name] for name in kernel.arg_names if name in constants))
         self._compiled: Any = None
 
-    def __call__(self, tensors: Sequence[Tensor | None], stream: int) -> None:
-        """``stream``: the handle of the current stream."""
+    def __call__(self, tensors: Sequence[Tensor | None], stream: int, kept: Kept = NOTHING) -> None:
+        """``stream``: the handle of the current stream. ``kept``: aligned tensors that follow upon ``tensors``."""
         addresses = [None if x is None else x.data_ptr() for x in tensors]
-        is_aligned = reduce(or_, filter(None, addresses), 0) % ALIGNMENT == 0
+        bits = 0
+        for address in addresses:
+            bits |= address or 0
+        is_aligned = bits % ALIGNMENT == 0
         compiled, hooks = self._compiled, triton.knobs.runtime
         if compiled is None or not is_aligned or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
             # The interpreter compiles nothing, and gives None.
-            launched = self._through_triton(*tensors, *self._numbers, **self._constants, **self._options)
+            launched = self._through_triton(*tensors, *kept.tensors, *self._numbers, **self._constants, **self._options)
             if is_aligned:
                 self._compiled = launched
             return
         compiled.run(
             self._num_programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
-            *addresses, *self._rest,
+            *addresses, *kept.addresses, *self._rest,
         )  # fmt: skip

@@ -5,12 +5,21 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
+import triton
 
 # As much is cleared for calls that may be captured, beside that of the first stream, before any capture begins.
 GRAPH_CALLS = 64
 MAX_STREAMS = 64
 
 T = TypeVar("T")
+
+
+def current_stream(device_index: int | None) -> tuple[int, bool]:
+    """The handle of a GPU's current stream, which for a CPU, of index ``None``, is 0, and whether it is captured."""
+    if device_index is None:
+        return 0, False
+    stream: int = triton.runtime.driver.active.get_current_stream(device_index)
+    return stream, torch.cuda.is_current_stream_capturing()
 
 
 class Scratch(Generic[T]):
