@@ -50,8 +50,7 @@ def test_values(T, H, I, N, K, hidden_act, norm_topk_prob, dtype, device, monkey
     eps = torch.finfo(dtype).eps
     assert (logits - want_logits).abs().max() <= 2 * eps * want_logits.abs().max()
     # Of the kernel's own logits, since a rounding of another sum may choose another expert.
-    by_half = logits.view(T, 2, N).transpose(0, 1)
-    assert torch.equal(indices, flash_routing(by_half, N, K, norm_topk_prob=norm_topk_prob, backend="reference")[1])
+    assert torch.equal(indices, flash_routing(logits, N, K, norm_topk_prob=norm_topk_prob, backend="reference")[1])
     assert (y - want).abs().max() <= 8 * eps * want.abs().max()
     for first, second in zip((y, logits, indices), run(arguments), strict=True):
         assert torch.equal(first, second)
@@ -90,8 +89,8 @@ def counters_of(arguments, monkeypatch):
     with monkeypatch.context() as patches:
         patches.setattr(layer_few, "_plan", lambda *sizes: plans.append(make_plan(*sizes)) or plans[-1])
         run(arguments)
-    (counters,) = plans[0].counters.of_stream.values()
-    return counters
+    (memory,) = plans[0].memory.of_stream.values()
+    return memory.counters
 
 
 def test_counters_wrap_around(device, monkeypatch):
@@ -126,8 +125,7 @@ def test_who_waits_in_vain_says_so(device, monkeypatch):
 def test_realistic_sizes(T, H, I, N, K, dtype, device, monkeypatch):
     arguments = make_arguments(T, H, I, N, K, dtype, device)
     y, logits, indices = run(arguments)
-    by_half = logits.view(T, 2, N).transpose(0, 1)
-    weights, want_indices = flash_routing(by_half, N, K, backend="reference")
+    weights, want_indices = flash_routing(logits, N, K, backend="reference")
     assert torch.equal(indices, want_indices)
     x, down, up, *dense = (z.double() for z in (arguments[0], *arguments[2], *arguments[3]))
     s = (down[indices] @ x[:, :, None])[..., 0]

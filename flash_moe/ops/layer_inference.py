@@ -3,6 +3,7 @@
 T tokens, H hidden size, I intermediate size, E = N * N experts, K experts per token.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from flash_moe.ops._register import PLAIN_TYPES, is_watched, register_op
 from flash_moe.ops.expert_mlp import DenseWeights
+
+# What torch.compile itself guards with. A PyTorch without it, since it is nobody's promise, only makes calls slower.
+_TensorGuards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 
 
 def layer_inference(
@@ -42,8 +46,42 @@ def layer_inference(
     out, logits, indices = (_forward if is_plain else torch.ops.flash_moe.layer_inference)(
         *[x.contiguous() for x in tensors], eps, num_experts_per_tok, norm_topk_prob, hidden_act
     )
-    T, C = logits.shape
-    return out, logits.as_strided((2, T, C // 2), (C // 2, C, 1)), indices
+    return out, logits, indices
+
+
+class RepeatedInference:
+    """``layer_inference`` in one launch, of tensors that are like those of a call that was checked.
+
+    The tensors stand in the order of the op's. ``hidden_states`` may be ``[..., H]``, and ``y`` is then, too. What
+    ``launch`` gives are ``y`` and ``router_logits``.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...], launch: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self.launch = launch
+        assert _TensorGuards is not None
+        self._guards: Any = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+
+    def takes(self, tensors: tuple[object, ...]) -> bool:
+        """Whether they are like those, and no tensor is there twice.
+
+        Compared in one call, in 0.7 us: types, dtypes, devices, shapes, strides, who requires gradients, and dispatch
+        keys, which autocast, inference mode, function transforms and dispatch modes change.
+        """
+        return self._guards.check(*tensors)
+
+
+def repeated_inference(
+    tensors: tuple[Tensor, ...], eps: float, num_experts_per_tok: int, norm_topk_prob: bool, hidden_act: str
+) -> RepeatedInference | None:
+    """For calls like one of ``layer_inference`` that was checked, which nobody watches; ``None`` of more launches."""
+    if _TensorGuards is None or not all(type(x) in PLAIN_TYPES and x.is_contiguous() for x in tensors):
+        return None
+    from flash_moe.ops._triton import layer_inference as kernels
+
+    x, router_gate, mean, variance, _, _, *dense = tensors
+    gate, tokens = (router_gate, mean, variance, eps), x.view(-1, x.shape[-1])
+    launch = kernels.one_launch(tokens, gate, tuple(dense), num_experts_per_tok, norm_topk_prob, hidden_act)
+    return None if launch is None else RepeatedInference(tensors, launch)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +99,9 @@ def _fake(hidden_states: Tensor, router_gate: Tensor, *arguments: Any) -> tuple[
     num_experts_per_tok = arguments[-3]
     T = hidden_states.shape[0]
     indices = hidden_states.new_empty(T, num_experts_per_tok, dtype=torch.int64)
-    return torch.empty_like(hidden_states), hidden_states.new_empty(T, router_gate.shape[0]), indices
+    N = router_gate.shape[0] // 2
+    logits = hidden_states.new_empty_strided((2, T, N), (N, 2 * N, 1))
+    return torch.empty_like(hidden_states), logits, indices
 
 
 register_op(

@@ -14,6 +14,7 @@ once more, and each adds its own columns of the output: rows of the MLP's last p
 before, and the experts' parts. So the chain of routing costs nothing but its own time, which reading 26 MB takes too.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from flash_moe.ops._triton.counters import LINE, MAX_POLLS, arrive, wait_again
 from flash_moe.ops._triton.gate import _load_norm
 from flash_moe.ops._triton.math import accurate_exp, activation, round_for
 from flash_moe.ops._triton.ranking import SMALLEST_KEY, is_above, ordered_key
-from flash_moe.ops._triton.relaunch import Relaunch
+from flash_moe.ops._triton.relaunch import Kept, Relaunch
 from flash_moe.ops._triton.scratch import Scratch, current_stream
 
 MAX_TOKENS, MAX_KEYS, MAX_CANDIDATES = 2, 256, 1024
@@ -290,7 +291,7 @@ def _routed_sum(parts_ptr, weights_ptr, row, end, H: tl.constexpr, K: tl.constex
 @triton.jit
 def _layer_kernel(
     x_ptr, router_ptr, mean_ptr, variance_ptr, down_embed_ptr, up_embed_ptr, gate_ptr, up_ptr, down_ptr,
-    counters_ptr, scratch_ptr, logits_ptr, indices_ptr, out_ptr, eps, max_polls,
+    logits_ptr, out_ptr, counters_ptr, scratch_ptr, indices_ptr, eps, max_polls,
     T: tl.constexpr, H: tl.constexpr, I: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     R: tl.constexpr, NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr, NUM_ROUTERS: tl.constexpr,
     FIRST_GATED: tl.constexpr, ROWS: tl.constexpr, GATE_CHUNKS: tl.constexpr, GATE_WIDTH: tl.constexpr,
@@ -394,10 +395,62 @@ class _Sizes(NamedTuple):
     hidden_act: str
 
 
-class _Plan(NamedTuple):
-    launch: Relaunch
-    scratch_numel: int
-    counters: Scratch[Tensor]
+@dataclass
+class _Memory:
+    counters: Tensor
+    kept: Kept | None = None
+    """Counters, scratch and indices, for a stream's calls that are not asked for indices."""
+
+
+class FewTokens:
+    """The launch for some sizes on a device: of tensors that differ in their addresses and numbers alone."""
+
+    def __init__(self, sizes: _Sizes, device: torch.device) -> None:
+        T, H, I, N, K, dtype, *_, eps, norm_topk_prob, hidden_act = sizes
+        self._device, self._is_cuda = device, device.type == "cuda"
+        num_programs, options = 1, {}  # the interpreter runs programs one after another: one program of both kinds
+        if self._is_cuda:
+            num_programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+            # All programs at once or an error, since they wait for each other.
+            options = {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS}
+        constants = kernel_constants(T, H, I, N, K, num_programs, dtype.itemsize)
+        constants |= {"NORM": norm_topk_prob, "HIDDEN_ACT": hidden_act}
+        numbers = (eps, MAX_POLLS)
+        self._launch = Relaunch(_layer_kernel, num_programs, numbers, constants, num_warps=NUM_WARPS, **options)
+        self._scratch_numel = constants["ACTIVATED"] + triton.cdiv(T * I * dtype.itemsize, 4)
+        self._num_pairs = T * K
+        self._logits_layout = (2, T, N), (N, 2 * N, 1)
+        self.memory = Scratch(partial(_make_memory, device), device)
+
+    def __call__(self, x: Tensor, *weights: Tensor, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``y`` like ``x``, whose dimensions before H are any of T tokens, and the gate's product ``[2, T, N]``.
+
+        Args:
+            weights: the gate's, running mean and variance, both tables, and the MLP's three; all contiguous.
+            indices: takes the experts, ``[T, K]`` int64, if anybody wants them.
+        """
+        index = self._device.index
+        if self._is_cuda and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                return self(x, *weights, indices=indices)
+        stream, is_capturing = current_stream(index)
+        memory = self.memory.get(stream, is_capturing=is_capturing)
+        if indices is not None:
+            kept = self._keep(memory.counters, indices)
+        elif memory.kept is not None:
+            kept = memory.kept
+        else:
+            kept = self._keep(memory.counters, x.new_empty(self._num_pairs, dtype=torch.int64))
+            if not is_capturing:  # a graph's memory is for its pool to use again
+                memory.kept = kept
+        out = torch.empty_like(x)
+        logits = x.new_empty_strided(*self._logits_layout)
+        self._launch((x, *weights, logits, out), stream, kept)
+        return out, logits
+
+    def _keep(self, counters: Tensor, indices: Tensor) -> Kept:
+        scratch = torch.empty(self._scratch_numel, dtype=torch.float32, device=self._device)
+        return Kept.of(counters, scratch, indices)
 
 
 def takes(T: int, num_expert_keys: int, num_experts_per_tok: int) -> bool:
@@ -411,51 +464,36 @@ def layer_few(
     x: Tensor, gate: Gate, tables: Weights, dense: Weights, num_experts_per_tok: int, norm_topk_prob: bool,
     hidden_act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``y [T, H]``, the gate's product ``[T, 2 * N]`` and ``indices [T, K]``, best first, where ``takes`` says so.
+    """``y [T, H]``, the gate's product ``[2, T, N]`` and ``indices [T, K]``, best first, where ``takes`` says so.
 
     Of a program that gave up waiting, which nothing should make it do, ``y`` is NaN.
     """
+    few_tokens = few_tokens_like(x, gate, dense, num_experts_per_tok, norm_topk_prob, hidden_act)
+    indices = x.new_empty(x.shape[0], num_experts_per_tok, dtype=torch.int64)
+    return (*few_tokens(x, *gate[:3], *tables, *dense, indices=indices), indices)
+
+
+def few_tokens_like(
+    x: Tensor, gate: Gate, dense: Weights, num_experts_per_tok: int, norm_topk_prob: bool, hidden_act: str
+) -> FewTokens:
+    """The launch for tensors like these, x being ``[T, H]``, where ``takes`` says so."""
     router_gate, mean, variance, eps = gate
-    (T, H), device, C2 = x.shape, x.device, router_gate.shape[0]
+    T, H = x.shape
     sizes = _Sizes(
-        T, H, dense[0].shape[0], C2 // 2, num_experts_per_tok, x.dtype, mean.dtype, variance.dtype, eps,
-        norm_topk_prob, hidden_act,
+        T, H, dense[0].shape[0], router_gate.shape[0] // 2, num_experts_per_tok, x.dtype, mean.dtype, variance.dtype,
+        eps, norm_topk_prob, hidden_act,
     )  # fmt: skip
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _launch(sizes, x, (router_gate, mean, variance, *tables, *dense))
-    return _launch(sizes, x, (router_gate, mean, variance, *tables, *dense))
-
-
-def _launch(sizes: _Sizes, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
-    device, T = x.device, sizes.T
-    plan = _plan(sizes, device)
-    out, logits = torch.empty_like(x), x.new_empty(T, 2 * sizes.N)
-    indices = torch.empty(T, sizes.K, dtype=torch.int64, device=device)
-    scratch = torch.empty(plan.scratch_numel, dtype=torch.float32, device=device)
-    stream, is_capturing = current_stream(device.index)
-    counters = plan.counters.get(stream, is_capturing=is_capturing)
-    plan.launch((x, *weights, counters, scratch, logits, indices, out), stream)
-    return out, logits, indices
+    return _plan(sizes, x.device)
 
 
 @lru_cache(None)  # a graph may read what it has
-def _plan(sizes: _Sizes, device: torch.device) -> _Plan:
-    T, H, I, N, K, dtype, *_, eps, norm_topk_prob, hidden_act = sizes
-    num_programs, options = 1, {}  # the interpreter runs programs one after another: one program of both kinds
-    if device.type == "cuda":
-        num_programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
-        # All programs at once or an error, since they wait for each other.
-        options = {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS}
-    constants = kernel_constants(T, H, I, N, K, num_programs, dtype.itemsize)
-    constants |= {"NORM": norm_topk_prob, "HIDDEN_ACT": hidden_act}
-    launch = Relaunch(_layer_kernel, num_programs, (eps, MAX_POLLS), constants, num_warps=NUM_WARPS, **options)
-    counters = Scratch(partial(_make_counters, device), device)
-    return _Plan(launch, constants["ACTIVATED"] + triton.cdiv(T * I * dtype.itemsize, 4), counters)
+def _plan(sizes: _Sizes, device: torch.device) -> FewTokens:
+    return FewTokens(sizes, device)
 
 
-def _make_counters(device: torch.device, count: int) -> list[Tensor]:
-    return list(torch.zeros(count, NUM_COUNTERS * LINE.value, dtype=torch.int32, device=device).unbind())
+def _make_memory(device: torch.device, count: int) -> list[_Memory]:
+    counters = torch.zeros(count, NUM_COUNTERS * LINE.value, dtype=torch.int32, device=device)
+    return [_Memory(own) for own in counters.unbind()]
 
 
 def kernel_constants(T: int, H: int, I: int, N: int, K: int, num_programs: int, itemsize: int) -> dict[str, Any]:

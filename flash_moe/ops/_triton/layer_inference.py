@@ -8,7 +8,7 @@ from flash_moe.ops._triton.expert_fused import fused_forward
 from flash_moe.ops._triton.expert_mlp import Dense, SideStream
 from flash_moe.ops._triton.expert_plan import FORWARD, FUSED, variant_for
 from flash_moe.ops._triton.gate import gate_forward
-from flash_moe.ops._triton.layer_few import layer_few, takes
+from flash_moe.ops._triton.layer_few import FewTokens, Weights, few_tokens_like, layer_few, takes
 from flash_moe.ops._triton.mlp import gated_activation_forward
 from flash_moe.ops._triton.mlp_few import MAX_FEW_TOKENS, few_tokens_mlp
 from flash_moe.ops._triton.router import routing_forward
@@ -26,7 +26,7 @@ def layer_inference(
     norm_topk_prob: bool,
     hidden_act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``y [T, H]``, the gate's product ``[T, 2 * N]`` and ``indices [T, K]``."""
+    """``y [T, H]``, the gate's product ``[2, T, N]`` and ``indices [T, K]``."""
     if takes(x.shape[0], gate[0].shape[0] // 2, num_experts_per_tok):
         return layer_few(x, gate, tables, dense, num_experts_per_tok, norm_topk_prob, hidden_act)
     is_few = len(x) <= MAX_FEW_TOKENS
@@ -40,14 +40,23 @@ def layer_inference(
     if is_few and variant_for(FORWARD, x, indices, len(tables[0])) == FUSED:
         beside.join()
         out, _ = fused_forward(*experts, hidden_act, residual=dense_sums)
-        return out, logits, indices
+        return out, by_half, indices
     out, _ = expert_forward(*experts, hidden_act)
     beside.join()
     if is_few:
         out += dense_sums
     else:
         out.addmm_(dense_sums, dense[2].t())
-    return out, logits, indices
+    return out, by_half, indices
+
+
+def one_launch(
+    x: Tensor, gate: Gate, dense: Weights, num_experts_per_tok: int, norm_topk_prob: bool, hidden_act: str
+) -> FewTokens | None:
+    """What ``layer_inference`` of tensors like these consists in, if it is one launch."""
+    if not takes(x.shape[0], gate[0].shape[0] // 2, num_experts_per_tok):
+        return None
+    return few_tokens_like(x, gate, dense, num_experts_per_tok, norm_topk_prob, hidden_act)
 
 
 def _activated(x: Tensor, dense: Dense, hidden_act: str) -> Tensor:
