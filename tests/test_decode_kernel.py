@@ -576,6 +576,19 @@ def test_graph_replay_sees_changed_data_beside_eager_calls(T, policy, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 20])
+def test_compiled_into_cuda_graphs(T, device):
+    """By torch.compile itself, which lets nothing stay in a graph's memory that is no result."""
+    x, layer = make_decode_inputs(T, 64, 48, 6, Routing(2), torch.bfloat16, device)
+    compiled = torch.compile(partial(run, layer=layer), mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(5):
+            x = torch.randn_like(x)
+            torch.compiler.cudagraph_mark_step_begin()
+            assert torch.equal(compiled(x).clone(), run(x, layer))
+
+
+@pytest.mark.gpu
 def test_graphs_beyond_the_states_set_aside_for_them(device, monkeypatch):
     monkeypatch.setattr(scratch_module, "GRAPH_CALLS", 1)
     x, layer = make_decode_inputs(3, 136, 72, 10, Routing(3), torch.bfloat16, device)

@@ -158,6 +158,21 @@ def test_one_compilation_serves_every_padding_mask(router_norm, training, device
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 40])
+def test_compiled_into_cuda_graphs(T, device):
+    """By torch.compile itself, which lets nothing stay in a graph's memory that is no result."""
+    layer = make_layer(device).to(torch.bfloat16).eval()
+    compiled = torch.compile(layer, mode="reduce-overhead")
+    with torch.no_grad():
+        for seed in range(5):
+            ((x, _),) = make_batches(1, T, device=device, seed=seed)
+            torch.compiler.cudagraph_mark_step_begin()
+            results = [result.clone() for result in compiled(x.bfloat16())]
+            for actual, want in zip(results, layer(x.bfloat16()), strict=True):
+                torch.testing.assert_close(actual, want)
+
+
+@pytest.mark.gpu
 @train_and_eval
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inductor_compiles_once_for_every_number_of_tokens(dtype, training, compiler, device):

@@ -24,7 +24,7 @@ from flash_moe.ops._triton.decode_scratch import Buffers, Own, State
 from flash_moe.ops._triton.decode_trace import MAX_RECORDS, fill_trace, make_records
 from flash_moe.ops._triton.math import INTERPRETED
 from flash_moe.ops._triton.relaunch import Kept, Relaunch
-from flash_moe.ops._triton.scratch import Scratch, current_stream
+from flash_moe.ops._triton.scratch import Scratch, current_stream, keep
 from flash_moe.schedule.decode import SELECTED, build_schedule
 from flash_moe.schedule.tasks import sizes_of
 from flash_moe.schedule.trace import Trace
@@ -152,8 +152,7 @@ class Prepared:
         self.sizes, self.policy = sizes_of(x, layer), _policy_of(x, policy)
         self.num_programs = _num_programs(x.device, config)
         self.schedule = build_schedule(self.sizes, tiles_of(self.sizes, config, self.num_programs), self.num_programs)
-        arrays = self.schedule.serialize()
-        self._arrays = [torch.tensor(array, dtype=torch.int32, device=x.device) for array in arrays]
+        self._arrays = keep(self._make_arrays, x.device)
         # Not a method of this object, which would then outlive its last reference.
         self.scratch = Scratch(partial(_make_states, self._state_lines(), x.device), x.device)
         self._own_of_stream: dict[int, Own] = {}
@@ -239,11 +238,15 @@ class Prepared:
         # Whole lines: what begins off a line would compile to other code.
         return [triton.cdiv(sizes[name], LINE.value) * LINE.value for name in State._fields]
 
+    def _make_arrays(self) -> list[Tensor]:
+        return [torch.tensor(each, dtype=torch.int32, device=self.device) for each in self.schedule.serialize()]
+
     def _make_own(self, stream: int, is_capturing: bool) -> Own:
         """A stream's, which are kept, or a captured call's, whose buffers are in its graph's memory."""
         if is_capturing:
             _captured.add(self)
-        state, buffers = self.scratch.get(stream, is_capturing=is_capturing), self._make_buffers()
+        state = self.scratch.get(stream, is_capturing=is_capturing)
+        buffers = self._make_buffers() if is_capturing else keep(self._make_buffers, self.device)
         records = state.flag  # which nobody writes without a trace
         own = Own(state, buffers, Kept.of(*self._arrays, *state, buffers.activated, buffers.products, records))
         if not is_capturing:

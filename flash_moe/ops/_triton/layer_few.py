@@ -28,7 +28,7 @@ from flash_moe.ops._triton.gate import _load_norm
 from flash_moe.ops._triton.math import accurate_exp, activation, round_for
 from flash_moe.ops._triton.ranking import SMALLEST_KEY, is_above, ordered_key
 from flash_moe.ops._triton.relaunch import Kept, Relaunch
-from flash_moe.ops._triton.scratch import Scratch, current_stream
+from flash_moe.ops._triton.scratch import Scratch, current_stream, keep
 
 MAX_TOKENS, MAX_KEYS, MAX_CANDIDATES = 2, 256, 1024
 # A cache line each: how many launches there were, and what the programs of one count.
@@ -435,21 +435,20 @@ class FewTokens:
                 return self(x, *weights, indices=indices)
         stream, is_capturing = current_stream(index)
         memory = self.memory.get(stream, is_capturing=is_capturing)
-        if indices is not None:
-            kept = self._keep(memory.counters, indices)
-        elif memory.kept is not None:
-            kept = memory.kept
-        else:
-            kept = self._keep(memory.counters, x.new_empty(self._num_pairs, dtype=torch.int64))
-            if not is_capturing:  # a graph's memory is for its pool to use again
-                memory.kept = kept
+        kept = memory.kept
+        if indices is not None or is_capturing:  # a graph's memory is for its pool to use again
+            kept = self._with_scratch(memory.counters, indices)
+        elif kept is None:
+            kept = memory.kept = keep(partial(self._with_scratch, memory.counters), self._device)
         out = torch.empty_like(x)
         logits = x.new_empty_strided(*self._logits_layout)
         self._launch((x, *weights, logits, out), stream, kept)
         return out, logits
 
-    def _keep(self, counters: Tensor, indices: Tensor) -> Kept:
+    def _with_scratch(self, counters: Tensor, indices: Tensor | None = None) -> Kept:
         scratch = torch.empty(self._scratch_numel, dtype=torch.float32, device=self._device)
+        if indices is None:
+            indices = torch.empty(self._num_pairs, dtype=torch.int64, device=self._device)
         return Kept.of(counters, scratch, indices)
 
 

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import torch
@@ -22,6 +23,24 @@ def current_stream(device_index: int | None) -> tuple[int, bool]:
     return stream, torch.cuda.is_current_stream_capturing()
 
 
+def keep(make: Callable[[], T], device: torch.device) -> T:
+    """What ``make`` allocates on the current stream, for longer than this call.
+
+    In a thread of its own: before torch.compile makes a CUDA graph of a call ("reduce-overhead"), all that this thread
+    allocates comes from the graph's memory, in which nothing may stay that is no result.
+    """
+    if device.type != "cuda":
+        return make()
+    stream = torch.cuda.current_stream(device)
+
+    def make_there() -> T:
+        with torch.cuda.stream(stream):
+            return make()
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(make_there).result()
+
+
 class Scratch(Generic[T]):
     """Made at the first call on a stream and kept; each captured call has some to itself, for ever.
 
@@ -31,7 +50,8 @@ class Scratch(Generic[T]):
 
     def __init__(self, make: Callable[[int], list[T]], device: torch.device) -> None:
         """``make(count)`` gives so many, cleared, that share nothing."""
-        self._make, self._num_spare = make, GRAPH_CALLS if device.type == "cuda" else 0
+        self._make, self._device = make, device
+        self._num_spare = GRAPH_CALLS if device.type == "cuda" else 0
         self.of_stream: OrderedDict[int, T] = OrderedDict()
         self.of_graphs: list[T] = []
         self._spare: list[T] = []
@@ -43,7 +63,7 @@ class Scratch(Generic[T]):
             return self.of_graphs[-1]
         found = self.of_stream.get(stream)
         if found is None:
-            found, *spare = self._make(1 + self._num_spare)
+            found, *spare = keep(lambda: self._make(1 + self._num_spare), self._device)
             self._spare += spare
             self._num_spare = 0
             self.of_stream[stream] = found
