@@ -121,7 +121,7 @@ WAYS_TO_CHANGE = {
     "one weight for two": lambda layer: setattr(layer.up_proj, "weight", layer.gate_proj.weight),
     "the layer's dtype": torch.nn.Module.float,
     "statistics' dtype": lambda layer: layer.router_norm.float(),
-    "a table": lambda layer: setattr(layer, "down_embed", nn.Embedding(25, H).bfloat16()),
+    "a table": lambda layer: setattr(layer, "down_embed", nn.Embedding(25, H).to(layer.down_embed.weight)),
     "quantized tables": lambda layer: layer.quantize_tables("int8"),
     "parametrized weight": lambda layer: parametrize.register_parametrization(layer.router_gate, "weight", Half()),
     "computed weight": lambda layer: parametrize.register_parametrization(layer.gate_proj, "weight", Half()),
