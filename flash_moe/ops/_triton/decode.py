@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -25,6 +24,7 @@ from flash_moe.ops._triton.decode_trace import MAX_RECORDS, fill_trace, make_rec
 from flash_moe.ops._triton.math import INTERPRETED
 from flash_moe.ops._triton.relaunch import Kept, Relaunch
 from flash_moe.ops._triton.scratch import Scratch, current_stream, keep
+from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 from flash_moe.schedule.decode import SELECTED, build_schedule
 from flash_moe.schedule.tasks import sizes_of
 from flash_moe.schedule.trace import Trace
@@ -162,8 +162,8 @@ class Prepared:
             options |= {"launch_cooperative_grid": True, "maxnreg": config.max_registers}
         constants = kernel_constants(self.sizes, config, layer, self.policy, self.num_programs, is_traced=is_traced)
         constants |= {
-            "BLOCK_G": triton.next_power_of_2(self.num_programs),
-            "BLOCK_COUNTERS": triton.next_power_of_2(self._num_counters),
+            "BLOCK_G": next_power_of_2(self.num_programs),
+            "BLOCK_COUNTERS": next_power_of_2(self._num_counters),
         }
         factor = float(layer.routing.routed_scaling_factor)
         self._launch = Relaunch(decode_kernel, self.num_programs, self._numbers(factor), constants, **options)
@@ -216,7 +216,7 @@ class Prepared:
     def _strides(self) -> tuple[int, int]:
         """Of activated rows and of products."""
         widest = max(self.sizes.I, self.sizes.shared_intermediate_size)
-        activated, products = (triton.cdiv(columns, ROW_ELEMENTS) * ROW_ELEMENTS for columns in (widest, self.sizes.H))
+        activated, products = (cdiv(columns, ROW_ELEMENTS) * ROW_ELEMENTS for columns in (widest, self.sizes.H))
         return activated, products
 
     def _numbers(self, factor: float) -> tuple[float, ...]:
@@ -229,14 +229,14 @@ class Prepared:
 
     def _state_lines(self) -> list[int]:
         """The sizes of a ``State``'s parts."""
-        T, E, G, block_e = self.sizes.T, self.sizes.E, self.num_programs, triton.next_power_of_2(self.sizes.E)
+        T, E, G, block_e = self.sizes.T, self.sizes.E, self.num_programs, next_power_of_2(self.sizes.E)
         sizes = {
             "counters": self._num_counters * LINE.value, "flag": 1, "takers": E * TAKER_STRIDE.value, "pairs": T * E,
             "weights": T * (E + 1), "keys": G * 2 * block_e, "slots": G * E, "ready": self._num_places,
             "doorbells": G * LINE.value, "busy": G,
         }  # fmt: skip
         # Whole lines: what begins off a line would compile to other code.
-        return [triton.cdiv(sizes[name], LINE.value) * LINE.value for name in State._fields]
+        return [cdiv(sizes[name], LINE.value) * LINE.value for name in State._fields]
 
     def _make_arrays(self) -> list[Tensor]:
         return [torch.tensor(each, dtype=torch.int32, device=self.device) for each in self.schedule.serialize()]

@@ -5,10 +5,10 @@ T tokens, H hidden size, I intermediate size, E experts, K experts a token, G pr
 
 from typing import NamedTuple
 
-import triton
 from torch import Tensor
 
 from flash_moe._moe_layer import MoELayer
+from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 from flash_moe.schedule.tasks import Sizes, Tiles
 
 # Comparisons of keys at once.
@@ -68,17 +68,17 @@ def _combine_columns(config: Config) -> int:
 
 def _combine_tokens(sizes: Sizes, config: Config, G: int) -> int:
     """So that most programs combine something at the end."""
-    columns = triton.cdiv(sizes.H, _combine_columns(config))
-    return min(8, triton.next_power_of_2(max(1, sizes.T * columns // G)))
+    columns = cdiv(sizes.H, _combine_columns(config))
+    return min(8, next_power_of_2(max(1, sizes.T * columns // G)))
 
 
 def kernel_constants(
     sizes: Sizes, config: Config, layer: MoELayer, policy: str, G: int, *, is_traced: bool
 ) -> dict[str, int | str | bool]:
-    routing, block_e = layer.routing, triton.next_power_of_2(sizes.E)
-    block_t = max(16, triton.next_power_of_2(sizes.T))
+    routing, block_e = layer.routing, next_power_of_2(sizes.E)
+    block_t = max(16, next_power_of_2(sizes.T))
     tiles = tiles_of(sizes, config, G)
-    route_tokens = min(tiles.route_tokens, triton.next_power_of_2(sizes.T)) if tiles.route_experts == 1 else 16
+    route_tokens = min(tiles.route_tokens, next_power_of_2(sizes.T)) if tiles.route_experts == 1 else 16
     route_h = 4096 // route_tokens if tiles.route_experts == 1 else 512 // (sizes.itemsize // 2)
     return {
         "H": sizes.H, "I": sizes.I, "SHARED_I": sizes.shared_intermediate_size, "E": sizes.E, "K": sizes.K,
@@ -98,7 +98,7 @@ def kernel_constants(
         "BLOCK_T": block_t,
         "ROUTE_EXPERTS": 1 if tiles.route_experts == 1 else 16,
         "ROUTE_TOKENS": route_tokens,
-        "ROUTE_H": min(route_h, max(16, triton.next_power_of_2(sizes.H))),
+        "ROUTE_H": min(route_h, max(16, next_power_of_2(sizes.H))),
         "GATE_UP_ROWS": config.gate_up_rows,
         "DOWN_ROWS": config.down_rows,
         "COMBINE_COLUMNS": tiles.combine_columns,

@@ -29,6 +29,7 @@ from flash_moe.ops._triton.expert_sums import expert_sums
 from flash_moe.ops._triton.grouping import Groups, group_by_distinct_expert, group_by_expert
 from flash_moe.ops._triton.launch import tile_config
 from flash_moe.ops._triton.math import activation, activation_grad, round_for, table_float
+from flash_moe.ops._triton.sizes import cdiv
 
 # The tiles that a warp keeps in flight are in the launch tables. On an H200 at T 4096, H 1024, bf16, K 64, E 16384 the
 # best of up to 60 shapes: dots 7.2, token sums 8.5 TB/s, counted per row used; one row load at a time: 5.9, 8.3.
@@ -195,11 +196,11 @@ def _dots(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     """``[S, T, K]`` float32: row[t] . table[indices[t, k]] over each of S column slices."""
     (T, K), H = indices.shape, table.shape[1]
     width = _slice_width(table, indices.numel())
-    num_slices = triton.cdiv(H, width)
+    num_slices = cdiv(H, width)
     config = tile_config("dots", table, indices, width)
     k_per_program = config["BLOCK_K"] * (1 if num_slices == 1 else BLOCKS_PER_PROGRAM_OF_A_SLICE)
     partials = torch.empty(num_slices, T, K, dtype=torch.float32, device=rows.device)
-    grid = (T * triton.cdiv(K, k_per_program), num_slices)
+    grid = (T * cdiv(K, k_per_program), num_slices)
     _dots_kernel[grid](rows, table, indices, partials, T, H, K, width, k_per_program, **config)
     return partials
 
@@ -209,7 +210,7 @@ def _token_sums(coefficients: Tensor, table: Tensor, indices: Tensor, dtype: tor
     (T, K), H = indices.shape, table.shape[1]
     out = table.new_empty(T, H, dtype=dtype)
     config = tile_config("token_sums", table, indices, H)
-    _token_sums_kernel[(T, triton.cdiv(H, config["BLOCK_H"]))](coefficients, table, indices, out, H, K, **config)
+    _token_sums_kernel[(T, cdiv(H, config["BLOCK_H"]))](coefficients, table, indices, out, H, K, **config)
     return out
 
 
@@ -242,7 +243,7 @@ def _forward_gathered(
     coefficients = torch.empty_like(pre_activations)
     P = indices.numel()
     partials = _dots(hidden_states, down_weights, indices)
-    _coefficients_fwd_kernel[(triton.cdiv(P, ELEMENTWISE_BLOCK),)](
+    _coefficients_fwd_kernel[(cdiv(P, ELEMENTWISE_BLOCK),)](
         partials, routing_weights, pre_activations, coefficients, P, hidden_act, len(partials), ELEMENTWISE_BLOCK
     )
     return _token_sums(coefficients, up_weights, indices), pre_activations
@@ -267,7 +268,7 @@ def expert_forward_quantized(
             return fused_forward_quantized(hidden_states, *tables, indices, routing_weights, hidden_act)
         partials = _dots(hidden_states, down_weights, indices)
         coefficients, P = torch.empty_like(indices, dtype=torch.float32), indices.numel()
-        _scaled_coefficients_kernel[(triton.cdiv(P, ELEMENTWISE_BLOCK),)](
+        _scaled_coefficients_kernel[(cdiv(P, ELEMENTWISE_BLOCK),)](
             partials,
             routing_weights,
             indices,
@@ -316,7 +317,7 @@ def expert_backward_tokens(
     dweights = torch.empty_like(routing_weights)
     dpre_activations, coefficients = torch.empty_like(pre_activations), torch.empty_like(pre_activations)
     P = indices.numel()
-    grid = (triton.cdiv(P, ELEMENTWISE_BLOCK),)
+    grid = (cdiv(P, ELEMENTWISE_BLOCK),)
     is_dense = variant_for(BACKWARD_TOKENS, hidden_states, indices, len(down_weights)) == DENSE
     dots, token_sums = (dense_dots, dense_token_sums) if is_dense else (_dots, _token_sums)
     with torch.cuda.device_of(hidden_states):

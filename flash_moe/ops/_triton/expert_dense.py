@@ -25,6 +25,7 @@ from torch import Tensor
 
 from flash_moe.ops._triton.launch import FLOAT32_TILE, Tile
 from flash_moe.ops._triton.math import activation, dot, round_for
+from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
 GROUP = tl.constexpr(8)
 COMPRESS_BLOCK, COMPRESS_WARPS = 512, 4
@@ -340,8 +341,8 @@ def compress(
 
     One serves both sums, but in float16, whose coefficients are scaled by the row of the result.
     """
-    (T, K), G = indices.shape, triton.cdiv(num_experts, GROUP.value)
-    S = triton.cdiv(T, SLOTS_ALIGNMENT) * SLOTS_ALIGNMENT
+    (T, K), G = indices.shape, cdiv(num_experts, GROUP.value)
+    S = cdiv(T, SLOTS_ALIGNMENT) * SLOTS_ALIGNMENT
     slots = indices.new_empty(G, S, dtype=torch.int16 if K < 2**15 else torch.int32)
     values = coefficients.new_empty(T, K, GROUP.value, dtype=dtype)
     scales = None
@@ -349,10 +350,10 @@ def compress(
         scales = coefficients.new_empty(T)
         if for_expert_sums:
             scales = _expert_scales(coefficients, indices, num_experts)
-    block_k = max(2, triton.next_power_of_2(K))
-    block_t = max(1, min(COMPRESS_BLOCK // block_k, triton.next_power_of_2(T)))
+    block_k = max(2, next_power_of_2(K))
+    block_t = max(1, min(COMPRESS_BLOCK // block_k, next_power_of_2(T)))
     key_dtype = tl.int32 if (G + 1) * GROUP.value * block_k < 2**31 else tl.int64
-    _compress_kernel[(triton.cdiv(S, block_t),)](
+    _compress_kernel[(cdiv(S, block_t),)](
         coefficients,
         weights,
         indices,
@@ -368,7 +369,7 @@ def compress(
         key_dtype,
         block_t,
         block_k,
-        min(triton.next_power_of_2(G), COMPRESS_BLOCK),
+        min(next_power_of_2(G), COMPRESS_BLOCK),
         num_warps=COMPRESS_WARPS,
     )
     return Compressed(slots, values, scales)
@@ -390,7 +391,7 @@ def dense_dots(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     (T, K), (E, H) = indices.shape, table.shape
     tile = DOTS_TILE if table.element_size() == 2 else FLOAT32_TILE
     out = torch.empty(1, T, K, dtype=torch.float32, device=rows.device)
-    _dots_kernel[(triton.cdiv(T, tile.rows) * triton.cdiv(E, tile.columns),)](
+    _dots_kernel[(cdiv(T, tile.rows) * cdiv(E, tile.columns),)](
         rows,
         table,
         indices,
@@ -402,7 +403,7 @@ def dense_dots(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
         tile.rows,
         tile.columns,
         tile.depth,
-        min(triton.next_power_of_2(K), DOTS_BLOCK_K),
+        min(next_power_of_2(K), DOTS_BLOCK_K),
         ROW_BLOCKS_IN_TURN,
         H % tile.depth == 0,
         num_warps=tile.num_warps,
@@ -442,9 +443,9 @@ def _sums(
 ) -> Tensor:
     """``length``: how many rows of ``operand`` are summed. Programs too few for the GPU share them out in float32."""
     (R, H), (T, _, E, K), (G, S) = shape, sizes, compressed.slots.shape
-    num_programs = triton.cdiv(R, tile.rows) * triton.cdiv(H, tile.columns)
+    num_programs = cdiv(R, tile.rows) * cdiv(H, tile.columns)
     split = _split(length, num_programs, tile.depth, operand)
-    num_splits = max(1, triton.cdiv(length, split))
+    num_splits = max(1, cdiv(length, split))
     out = operand.new_empty(R, H)
     sums = out if num_splits == 1 else operand.new_empty(num_splits, R, H, dtype=torch.float32)
     kernel[(num_programs, num_splits)](
@@ -468,7 +469,7 @@ def _sums(
         num_stages=tile.num_stages,
     )
     if num_splits > 1:
-        _add_splits_kernel[(triton.cdiv(R * H, ADD_BLOCK),)](sums, out, R * H, num_splits, ADD_BLOCK)
+        _add_splits_kernel[(cdiv(R * H, ADD_BLOCK),)](sums, out, R * H, num_splits, ADD_BLOCK)
     return out
 
 
@@ -476,4 +477,4 @@ def _split(length: int, num_programs: int, depth: int, operand: Tensor) -> int:
     """Rows that a program sums, in whole steps."""
     multiprocessors = torch.cuda.get_device_properties(operand.device).multi_processor_count if operand.is_cuda else 1
     num_splits = _num_splits(length, num_programs, multiprocessors)
-    return depth * max(1, triton.cdiv(length, num_splits * depth))
+    return depth * max(1, cdiv(length, num_splits * depth))

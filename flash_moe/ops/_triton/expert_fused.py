@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flash_moe.ops._triton.launch import block_of, launch_config
 from flash_moe.ops._triton.math import activation, round_for, table_float
+from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -111,7 +112,7 @@ def _launch(tensors: tuple[Any, ...], num_experts: int, hidden_act: str) -> None
     hidden_states, indices = tensors[0], tensors[3]
     (T, H), K = hidden_states.shape, indices.shape[1]
     config = dict(launch_config("fused", hidden_states.device, (T, H, num_experts, K)))
-    config["BLOCK_K"] = min(config["BLOCK_K"], triton.next_power_of_2(max(1, K)))
+    config["BLOCK_K"] = min(config["BLOCK_K"], next_power_of_2(max(1, K)))
     for name in ("BLOCK_H", "SLICE"):
         config[name] = min(config[name], block_of(H))
-    _fused_kernel[(T, triton.cdiv(H, config["SLICE"]))](*tensors, K, H, hidden_act, **config)
+    _fused_kernel[(T, cdiv(H, config["SLICE"]))](*tensors, K, H, hidden_act, **config)

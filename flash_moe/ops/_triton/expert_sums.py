@@ -14,6 +14,7 @@ from torch import Tensor
 from flash_moe.ops._triton.grouping import Groups
 from flash_moe.ops._triton.launch import tile_config
 from flash_moe.ops._triton.math import round_for
+from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
 # On an H200 at T 4096, H 1024, bf16, K 64, E 16384 one row load at a time is as fast as several: 7.5 TB/s, counted per
 # row used. Many pairs want narrower tiles: at T 16384, E 102400, K 512 4.6 ms instead of 5.7.
@@ -105,10 +106,10 @@ def expert_sums(
     num_groups = groups.offsets.numel() - 1
     ddown, dup = (hidden_states.new_empty(num_groups, H) for _ in range(2))
     hot_tile = _hot_tile(P, num_groups, H)
-    num_tiles = triton.cdiv(P, hot_tile) if P > hot_tile else 0
+    num_tiles = cdiv(P, hot_tile) if P > hot_tile else 0
     partials = ddown.new_empty(num_tiles, 2, H, dtype=torch.float32)
     config = tile_config("expert_sums", ddown, coefficients, H)
-    num_slices = triton.cdiv(H, config["BLOCK_H"])
+    num_slices = cdiv(H, config["BLOCK_H"])
     arrivals = torch.zeros(num_slices, num_tiles, dtype=torch.int32, device=ddown.device)
     _expert_sums_kernel[(num_tiles + num_groups, num_slices)](
         hidden_states,
@@ -131,5 +132,5 @@ def expert_sums(
 
 
 def _hot_tile(num_pairs: int, num_groups: int, H: int) -> int:
-    twice_the_mean = triton.cdiv(2 * num_pairs, max(1, num_groups))
-    return max(MIN_HOT_TILE, triton.next_power_of_2(H) // 16, triton.next_power_of_2(twice_the_mean))
+    twice_the_mean = cdiv(2 * num_pairs, max(1, num_groups))
+    return max(MIN_HOT_TILE, next_power_of_2(H) // 16, next_power_of_2(twice_the_mean))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flash_moe.ops._triton.launch import FLOAT32_TILE, Tile
 from flash_moe.ops._triton.math import dot, round_for
+from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
 # A program takes few columns, and as a rule all tokens: no partial sums to combine, no counter of arrivals to clear.
 # Where that gives too few programs to keep memory busy, tokens are cut into chunks of at least STATISTICS_MIN_CHUNK.
@@ -340,14 +341,14 @@ def batch_norm_statistics(
     """Mean and variance ``[H]`` of the columns, float32; with ``is_update`` the buffers move as nn.BatchNorm1d's do."""
     T, H = x.shape
     mean, variance = (torch.empty(H, dtype=torch.float32, device=x.device) for _ in range(2))
-    column_blocks = triton.cdiv(H, STATISTICS_BLOCK_H)
+    column_blocks = cdiv(H, STATISTICS_BLOCK_H)
     chunk = _chunk(T, column_blocks)
-    num_chunks = triton.cdiv(T, chunk)
+    num_chunks = cdiv(T, chunk)
     partials, arrivals = None, None
     if num_chunks > 1:
         partials = mean.new_empty(num_chunks, 2, H)
         arrivals = torch.zeros(column_blocks, dtype=torch.int32, device=x.device)
-    block_t = min(STATISTICS_BLOCK_T, triton.next_power_of_2(T))
+    block_t = min(STATISTICS_BLOCK_T, next_power_of_2(T))
     with torch.cuda.device_of(x):
         _statistics_kernel[(column_blocks, num_chunks)](
             x,
@@ -364,7 +365,7 @@ def batch_norm_statistics(
             num_chunks,
             momentum,
             is_update,
-            triton.next_power_of_2(num_chunks),
+            next_power_of_2(num_chunks),
             block_t,
             STATISTICS_BLOCK_H,
             max(1, STATISTICS_STAGES * 2 // x.element_size()),
@@ -378,9 +379,9 @@ def gate_forward(x: Tensor, weight: Tensor, mean: Tensor, variance: Tensor, eps:
     logits = x.new_empty(T, C)
     with torch.cuda.device_of(x):
         if T <= FEW_TOKENS:
-            block_c = max(2, triton.next_power_of_2(T) // 2)
-            block_h = min(FEW_BLOCK_H, triton.next_power_of_2(H))
-            _few_fwd_kernel[(triton.cdiv(C, block_c), T)](
+            block_c = max(2, next_power_of_2(T) // 2)
+            block_h = min(FEW_BLOCK_H, next_power_of_2(H))
+            _few_fwd_kernel[(cdiv(C, block_c), T)](
                 x, weight, mean, variance, logits, T, H, C, eps, block_c, block_h, num_warps=FEW_WARPS
             )
         else:
@@ -432,9 +433,9 @@ def gate_backward_weight(
     tile = FLOAT32_TILE if x.dtype == torch.float32 else DWEIGHT_TILE
     num_programs = _num_programs(tile, C, H)
     num_splits = max(1, min(SPLIT_PROGRAMS // num_programs, T // MIN_SPLIT))
-    split = triton.cdiv(triton.cdiv(T, num_splits), tile.depth) * tile.depth
-    num_splits = triton.cdiv(T, split)
-    num_sums = num_splits * triton.cdiv(H, tile.columns)
+    split = cdiv(cdiv(T, num_splits), tile.depth) * tile.depth
+    num_splits = cdiv(T, split)
+    num_sums = num_splits * cdiv(H, tile.columns)
     dweight = torch.empty_like(weight)
     partials = torch.empty(num_splits, C, H, dtype=torch.float32, device=x.device)
     logit_sums = partials.new_empty(num_sums, C) if is_batch else None
@@ -457,7 +458,7 @@ def gate_backward_weight(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    _add_splits_kernel[(triton.cdiv(H, ADD_BLOCK_H),)](
+    _add_splits_kernel[(cdiv(H, ADD_BLOCK_H),)](
         partials,
         logit_sums,
         weight,
@@ -514,11 +515,11 @@ def gate_backward_tokens(
 def _chunk(T: int, column_blocks: int) -> int:
     """Tokens that a program of the statistics takes."""
     num_chunks = max(1, min(STATISTICS_PROGRAMS // column_blocks, T // STATISTICS_MIN_CHUNK))
-    return triton.cdiv(T, num_chunks)
+    return cdiv(T, num_chunks)
 
 
 def _num_programs(tile: Tile, rows: int, columns: int) -> int:
-    return triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    return cdiv(rows, tile.rows) * cdiv(columns, tile.columns)
 
 
 def _tile(tiles: tuple[Tile, ...], x: Tensor, rows: int, columns: int) -> Tile:

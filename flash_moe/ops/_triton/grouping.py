@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
+
 # Up to here one program sorts all pairs in one launch.
 MAX_SINGLE_TILE = 1024
 # int16 holds one more bit than counts from 0 use, at half of int32's passes of a radix sort.
@@ -109,7 +111,7 @@ def sort_tile(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, int]:
     P = indices.numel()
     keys, order = (torch.empty(P, dtype=torch.int32, device=indices.device) for _ in range(2))
     if P > 0:
-        block = max(128, triton.next_power_of_2(P))  # few sizes: each compiles once
+        block = max(128, next_power_of_2(P))  # few sizes: each compiles once
         is_wide = num_experts * block > 2**31
         _sort_tile_kernel[(1,)](indices, keys, order, P, is_wide, block, num_warps=block // 128)
     return keys, order, 0
@@ -135,7 +137,7 @@ def group_by_expert(indices: Tensor, num_experts: int) -> Groups:
     """
     keys, order, first = sort_pairs(indices, num_experts)
     P, offsets = indices.numel(), torch.empty(num_experts + 1, dtype=torch.int32, device=indices.device)
-    grid = (triton.cdiv(num_experts + 1, BLOCK),)
+    grid = (cdiv(num_experts + 1, BLOCK),)
     _offsets_kernel[grid](keys, offsets, P, num_experts, first_stride(P), first, BLOCK, NUM_PROBES)
     return Groups(keys, order, offsets, first)
 
@@ -155,6 +157,6 @@ def group_by_distinct_expert(indices: Tensor, num_experts: int) -> tuple[Groups,
     offsets = torch.zeros(G + 1, dtype=torch.int32, device=indices.device)
     ids = torch.empty(G, dtype=torch.int64, device=indices.device)
     if G > 0:
-        grid = (triton.cdiv(G + 1, BLOCK),)
+        grid = (cdiv(G + 1, BLOCK),)
         _distinct_kernel[grid](numbers, keys, offsets, ids, P, G, first_stride(P), first, BLOCK, NUM_PROBES)
     return Groups(numbers, order, offsets, 1), ids

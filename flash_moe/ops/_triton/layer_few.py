@@ -29,6 +29,7 @@ from flash_moe.ops._triton.math import accurate_exp, activation, round_for
 from flash_moe.ops._triton.ranking import SMALLEST_KEY, is_above, ordered_key
 from flash_moe.ops._triton.relaunch import Kept, Relaunch
 from flash_moe.ops._triton.scratch import Scratch, current_stream, keep
+from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
 MAX_TOKENS, MAX_KEYS, MAX_CANDIDATES = 2, 256, 1024
 # A cache line each: how many launches there were, and what the programs of one count.
@@ -417,7 +418,7 @@ class FewTokens:
         constants |= {"NORM": norm_topk_prob, "HIDDEN_ACT": hidden_act}
         numbers = (eps, MAX_POLLS)
         self._launch = Relaunch(_layer_kernel, num_programs, numbers, constants, num_warps=NUM_WARPS, **options)
-        self._scratch_numel = constants["ACTIVATED"] + triton.cdiv(T * I * dtype.itemsize, 4)
+        self._scratch_numel = constants["ACTIVATED"] + cdiv(T * I * dtype.itemsize, 4)
         self._num_pairs = T * K
         self._logits_layout = (2, T, N), (N, 2 * N, 1)
         self.memory = Scratch(partial(_make_memory, device), device)
@@ -499,31 +500,31 @@ def kernel_constants(T: int, H: int, I: int, N: int, K: int, num_programs: int, 
     """The kernel's sizes and blocks, for weights of ``itemsize`` bytes."""
     num_routers = max(1, num_programs // 2)  # whatever T is: every launch adds as much to a counter
     width = 32 * 16 // itemsize  # 16 bytes for each thread of a warp
-    C, block_n = _num_pairs(N, K), max(16, triton.next_power_of_2(N))
-    block_h = min(1024, triton.next_power_of_2(max(16, H)))
-    own = triton.cdiv(C, max(1, num_routers // T))
-    down_width = min(2 * width, triton.next_power_of_2(max(16, I)))
-    gate_width = min(width, triton.next_power_of_2(max(16, H)))
+    C, block_n = _num_pairs(N, K), max(16, next_power_of_2(N))
+    block_h = min(1024, next_power_of_2(max(16, H)))
+    own = cdiv(C, max(1, num_routers // T))
+    down_width = min(2 * width, next_power_of_2(max(16, I)))
+    gate_width = min(width, next_power_of_2(max(16, H)))
     return {
         "T": T, "H": H, "I": I, "N": N, "K": K, "C": C, "R": min(N, K),
         "NUM_ROUTERS": num_routers,
         "FIRST_GATED": num_routers if num_programs > 1 else 0,
         "ROWS": ROWS,
-        "GATE_CHUNKS": min(GATE_CHUNKS, triton.cdiv(H, gate_width)),
+        "GATE_CHUNKS": min(GATE_CHUNKS, cdiv(H, gate_width)),
         "GATE_WIDTH": gate_width,
         "DOWN_ROWS": DOWN_ROWS,
-        "DOWN_CHUNKS": min(DOWN_CHUNKS, triton.cdiv(I, down_width)),
+        "DOWN_CHUNKS": min(DOWN_CHUNKS, cdiv(I, down_width)),
         "DOWN_WIDTH": down_width,
-        "BLOCKS": triton.cdiv(triton.cdiv(H, num_programs), DOWN_ROWS),
-        "BLOCK_R": max(2, triton.next_power_of_2(min(N, K))),
+        "BLOCKS": cdiv(cdiv(H, num_programs), DOWN_ROWS),
+        "BLOCK_R": max(2, next_power_of_2(min(N, K))),
         "ROUTE_ROWS": 2,
         "BLOCK_H": block_h,
         "BLOCK_N": block_n,
         "RANK_BLOCK": min(block_n, RANK_COMPARISONS.value // block_n),
-        "BLOCK_C": triton.next_power_of_2(max(16, C)),
+        "BLOCK_C": next_power_of_2(max(16, C)),
         "OWN": own,
-        "BLOCK_K": triton.next_power_of_2(K),
-        "ACTIVATED": triton.cdiv(T * K * (H + 1) + num_routers * (6 * block_n + C), 4) * 4,
+        "BLOCK_K": next_power_of_2(K),
+        "ACTIVATED": cdiv(T * K * (H + 1) + num_routers * (6 * block_n + C), 4) * 4,
     }  # fmt: skip
 
 

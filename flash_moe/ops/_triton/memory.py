@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_moe.ops._triton.sizes import cdiv
+
 # (elements a program reads, elements at a time, warps): small programs spread a small buffer over the chip, large ones
 # keep more bytes in flight. (rows, elements at a time, warps): likewise. Which is best depends on the size: try all.
 READ_CONFIGS = ((1024, 1024, 4), (4096, 1024, 4), (8192, 1024, 4), (16384, 4096, 8))
@@ -40,7 +42,7 @@ def _sum_rows_kernel(table_ptr, indices_ptr, out_ptr, H, K, BLOCK_K: tl.constexp
 def read_once(data: Tensor, config: tuple[int, int, int]) -> Tensor:
     """The sum of each program's part of the float32 ``data``, for a config of ``READ_CONFIGS``."""
     chunk, block, num_warps = config
-    num_programs = triton.cdiv(data.numel(), chunk)
+    num_programs = cdiv(data.numel(), chunk)
     sums = data.new_empty(num_programs)
     with torch.cuda.device_of(data):
         _read_once_kernel[(num_programs,)](data, sums, data.numel(), chunk, block, num_warps=num_warps)
@@ -53,7 +55,7 @@ def sum_rows(table: Tensor, indices: Tensor, config: tuple[int, int, int]) -> Te
     block_k, block_h, num_warps = config
     out = table.new_empty(T, H)
     # Tokens first: all take their sums over one slice of columns before the next, which helps a cache to hold it.
-    grid = (T, triton.cdiv(H, block_h))
+    grid = (T, cdiv(H, block_h))
     with torch.cuda.device_of(table):
         _sum_rows_kernel[grid](table, indices, out, H, K, block_k, block_h, num_warps=num_warps)
     return out

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_moe.ops._triton.math import accurate_exp, round_for
+from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 from flash_moe.ops._triton.sort import log2, merge_best, top
 
 LOWEST = tl.constexpr(-(2**31))
@@ -663,13 +664,13 @@ def _shape_forward(num_expert_keys: int, num_experts_per_tok: int) -> tuple[dict
     """The forward kernel's constants, its warps, and its registers a thread."""
     N, K = num_expert_keys, num_experts_per_tok
     candidates = sum(min(N, K // i) for i in range(1, min(N, K) + 1))
-    ranks = max(2, triton.next_power_of_2(min(K, N)))
-    block_n = max(ranks, min(MAX_SORT, triton.next_power_of_2(N)))
-    width = max(2, triton.next_power_of_2(K))
+    ranks = max(2, next_power_of_2(min(K, N)))
+    block_n = max(ranks, min(MAX_SORT, next_power_of_2(N)))
+    width = max(2, next_power_of_2(K))
     is_quick = N <= block_n <= MAX_SORT
     takes_all = is_quick and K <= MAX_TAKE_ALL
     if takes_all:
-        width = max(2, triton.next_power_of_2(candidates))
+        width = max(2, next_power_of_2(candidates))
     elif width <= MAX_WIDE and 4 * K > 3 * width:
         width *= 2
     lists = 1
@@ -725,14 +726,14 @@ def _backward(
     output: int,
 ) -> None:
     (_, T, N), K = grad_logits.shape, indices.shape[1]
-    block_n = min(BACKWARD_BLOCK_N, triton.next_power_of_2(N))
-    k_pow2 = max(2, triton.next_power_of_2(K))
+    block_n = min(BACKWARD_BLOCK_N, next_power_of_2(N))
+    k_pow2 = max(2, next_power_of_2(K))
     tensors = grad_out, weights, indices, router_logits, log_sums, grad_logits
     sizes = *grad_logits.stride()[:2], T, N, K
     with torch.cuda.device_of(grad_out):
         if k_pow2 <= MAX_ALL_PAIRS:
             block_t = min(MAX_BLOCK_T, MAX_ALL_PAIRS // k_pow2)
-            grid = (triton.cdiv(T, block_t),)
+            grid = (cdiv(T, block_t),)
             _router_bwd_pairs_kernel[grid](*tensors, *sizes, block_t, block_n, k_pow2, output, num_warps=1)
         else:
             num_warps = max(1, k_pow2 // KEYS_PER_WARP)
