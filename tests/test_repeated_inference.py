@@ -224,10 +224,19 @@ def test_modes_that_come_later_see_everything(device, repeats):
         y, _ = layer(x)
     assert torch.equal(y, want)
     assert torch.ops.flash_moe.layer_inference.default in seen.ops
-    with torch.device(device), torch.no_grad():  # a mode for functions
+    with torch.overrides.BaseTorchFunctionMode(), torch.no_grad():
         layer(x)
-    infer(layer, x)
+    with torch.device(device):  # a mode for functions that watches nothing
+        infer(layer, x)
     assert repeats == [False, True, False, False, True]
+
+
+def test_layer_pickled_before_calls_could_repeat(device, repeats):
+    layer, x = make_layer(device), make_x(device, 1)
+    assert "_last_inference" not in vars(layer)
+    want = infer(layer, x)[0]
+    del layer._last_inference
+    assert torch.equal(infer(layer, x)[0], want)
 
 
 def test_usage_is_counted_in_every_call(device):

@@ -139,6 +139,9 @@ class FlashMoE(nn.Module):
     one that makes the routed branch as large as the dense one, given how routing weights start (``expert_up_std``).
     """
 
+    # Of the class, so that layers pickled before there was one have it, too.
+    _last_inference: _Inference | None = None
+
     def __init__(self, config: FlashMoEConfig) -> None:
         super().__init__()
         self.config = config
@@ -153,7 +156,6 @@ class FlashMoE(nn.Module):
         self.down_embed = nn.Embedding(config.num_experts, H)
         self.up_embed = nn.Embedding(config.num_experts, H)
         self._router_loss = LossOnTheSide()
-        self._last_inference: _Inference | None = None
         if config.router_bias_update_rate > 0:
             self.register_buffer("router_bias", torch.zeros(2, N, dtype=torch.float32))
             # What the last training forward chose by: a recomputation must choose the same, though the bias has moved.

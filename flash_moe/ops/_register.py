@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import DeviceContext
 
 # Of tensors that do nothing of their own when an op is called with them.
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
@@ -57,7 +58,13 @@ def is_watched() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+        or _has_function_mode()
         or torch._C._functorch.maybe_current_level() is not None
         or torch._C._get_tracing_state() is not None
     )
+
+
+def _has_function_mode() -> bool:
+    """``torch.set_default_device`` is one, too, that watches nothing."""
+    count = torch._C._len_torch_function_stack()
+    return count > 1 or (count == 1 and not isinstance(torch.overrides._get_current_function_mode(), DeviceContext))

@@ -112,7 +112,8 @@ def fuses_gate(hidden_states: Tensor, backend: str) -> bool:
     T = hidden_states.shape[0]
     if torch.compiler.is_compiling():
         # One graph for every T: no question about it that torch.compile has no answer to before it knows T, as it has
-        # for 0 and 1, which it compiles for themselves. An exported program takes those as well.
+        # for 0 and 1, which it compiles for themselves. A program exported without Dynamo takes those as well;
+        # is_exporting() would be the question, but Dynamo of torch 2.11 always says yes to it.
         return hidden_states.dtype != torch.float32 and torch.compiler.is_dynamo_compiling() and T > 0
     return T > 0 and (hidden_states.dtype != torch.float32 or T <= MAX_FLOAT32_TOKENS)
 

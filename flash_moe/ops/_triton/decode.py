@@ -104,7 +104,8 @@ def _launch(x: Tensor, layer: MoELayer, policy: str, logits: Tensor, out: Tensor
     key = _key(x, layer, policy, is_traced=trace is not None)
     prepared = _prepared.get(key)
     if prepared is None:
-        config = config_of(x.shape[0], x.element_size(), layer.down_proj.element_size())
+        weight_itemsize = max(layer.gate_up_proj.element_size(), layer.down_proj.element_size())
+        config = config_of(x.shape[0], x.element_size(), weight_itemsize)
         prepared = _remember(key, Prepared(x, layer, policy, trace is not None, config))
     while True:
         try:
@@ -229,10 +230,10 @@ class Prepared:
 
     def _state_lines(self) -> list[int]:
         """The sizes of a ``State``'s parts."""
-        T, E, G, block_e = self.sizes.T, self.sizes.E, self.num_programs, next_power_of_2(self.sizes.E)
+        T, E, G = self.sizes.T, self.sizes.E, self.num_programs
         sizes = {
             "counters": self._num_counters * LINE.value, "flag": 1, "takers": E * TAKER_STRIDE.value, "pairs": T * E,
-            "weights": T * (E + 1), "keys": G * 2 * block_e, "slots": G * E, "ready": self._num_places,
+            "weights": T * (E + 1), "slots": G * E, "ready": self._num_places,
             "doorbells": G * LINE.value, "busy": G,
         }  # fmt: skip
         # Whole lines: what begins off a line would compile to other code.
@@ -248,11 +249,14 @@ class Prepared:
         state = self.scratch.get(stream, is_capturing=is_capturing)
         buffers = self._make_buffers() if is_capturing else keep(self._make_buffers, self.device)
         records = state.flag  # which nobody writes without a trace
-        own = Own(state, buffers, Kept.of(*self._arrays, *state, buffers.activated, buffers.products, records))
+        own = Own(state, buffers, Kept.of(*self._arrays, *state, *buffers[:-1], records))
         if not is_capturing:
             self._own_of_stream[stream] = own
             for given_up in self._own_of_stream.keys() - self.scratch.of_stream.keys():
-                del self._own_of_stream[given_up]
+                self._own_of_stream.pop(given_up, None)
+            if self.device_index is not None:
+                for array in self._arrays:  # made on the first call's stream
+                    array.record_stream(torch.cuda.current_stream(self.device))
         return own
 
     def _make_buffers(self) -> Buffers:
@@ -263,7 +267,9 @@ class Prepared:
         activated = torch.empty(rows, activated_stride, dtype=self.dtype, device=self.device)
         rows = shared + sizes.T * sizes.K
         products = torch.empty(rows, product_stride, dtype=torch.float32, device=self.device)
-        return Buffers(activated, products, torch.empty(sizes.T, sizes.E, dtype=self.logits_dtype, device=self.device))
+        keys = torch.empty(self.num_programs, 2 * next_power_of_2(sizes.E), dtype=torch.int32, device=self.device)
+        logits = torch.empty(sizes.T, sizes.E, dtype=self.logits_dtype, device=self.device)
+        return Buffers(keys, activated, products, logits)
 
 
 def _make_states(lines: list[int], device: torch.device, count: int) -> list[State]:

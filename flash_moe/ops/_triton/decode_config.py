@@ -104,7 +104,7 @@ def kernel_constants(
         "COMBINE_COLUMNS": tiles.combine_columns,
         "COMBINE_TOKENS": tiles.combine_tokens,
         # Whole, however few columns there are: for a single step of 32 columns of 16 bits ptxas 12.8 makes an operand's
-        # address from a register that nothing was written to.
+        # address from a register that nothing was written to. To be dropped when Triton ships a newer one.
         "BLOCK_H": config.block_h,
         "BLOCK_I": config.block_i,
         "STAGES": config.stages,

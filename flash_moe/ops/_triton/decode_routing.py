@@ -106,11 +106,9 @@ def _keep_best_groups(
     keys, ranked, e, keys_ptr, IS_DISTINCT: tl.constexpr, E: tl.constexpr, GROUPS: tl.constexpr, BEST: tl.constexpr,
     BLOCK_E: tl.constexpr, RANK_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The keys, but the smallest one outside the groups whose two best have the largest sums."""
+    """The stored keys, but the smallest one outside the groups whose two best have the largest sums."""
     group = e // (E // GROUPS)
     sums_ptr = keys_ptr + BLOCK_E
-    tl.store(keys_ptr + e, keys)
-    tl.debug_barrier()
     place = tl.zeros([BLOCK_E], tl.int32)
     for first in tl.range(0, BLOCK_E, RANK_BLOCK):
         other = first + tl.arange(0, RANK_BLOCK)
@@ -179,7 +177,7 @@ def select(
     IS_DISTINCT: tl.constexpr = SCORING == "softmax" and not HAS_BIAS and logits_ptr.dtype.element_ty != tl.float32
     if IS_DISTINCT:
         keys = (keys & -8192) | (8191 - e)
-    if SCORING == "sigmoid" or HAS_BIAS:
+    if SCORING == "sigmoid" or HAS_BIAS or GROUPS > 1:
         keys = _as_stored(keys, e, keys_ptr)
     if GROUPS > 1:
         keys = _keep_best_groups(keys, biased, e, keys_ptr, IS_DISTINCT, E, GROUPS, BEST_GROUPS, BLOCK_E, RANK_BLOCK)

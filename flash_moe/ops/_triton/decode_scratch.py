@@ -18,7 +18,6 @@ class State(NamedTuple):
     takers: Tensor
     pairs: Tensor
     weights: Tensor
-    keys: Tensor
     slots: Tensor
     ready: Tensor
     doorbells: Tensor
@@ -28,6 +27,7 @@ class State(NamedTuple):
 class Buffers(NamedTuple):
     """Nothing in them outlives a call. ``logits`` are the router's where the caller does not ask for them."""
 
+    keys: Tensor
     activated: Tensor
     products: Tensor
     logits: Tensor

@@ -59,7 +59,9 @@ class Scratch(Generic[T]):
     def get(self, stream: int, *, is_capturing: bool) -> T:
         """For the current stream of the device, whose handle is ``stream``; on a CPU 0."""
         if is_capturing:
-            self.of_graphs.append(self._spare.pop() if self._spare else self._make(1)[0])
+            if not self._spare:
+                return self._make(1)[0]  # from the graph's memory, not kept: each replay clears it again
+            self.of_graphs.append(self._spare.pop())
             return self.of_graphs[-1]
         found = self.of_stream.get(stream)
         if found is None:
