@@ -22,10 +22,10 @@ from test_decode import (
     run,
     with_bias,
 )
+from test_layer_inference import Seen
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_moe import flash_decode
 from flash_moe._activations import ACTIVATIONS
@@ -315,16 +315,6 @@ def test_gradients_are_refused_only_where_they_are_enabled(again, device):
 
 class Tagged(torch.Tensor):
     """A subclass of which ``__torch_function__`` sees every op."""
-
-
-class Seen(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.ops = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.ops.append(op)
-        return op(*args, **(kwargs or {}))
 
 
 def test_what_has_to_be_seen_as_an_op_is_one(again, device):

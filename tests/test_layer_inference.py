@@ -98,16 +98,23 @@ def test_a_tensor_of_another_kind_goes_through_the_op(device, monkeypatch):
     assert called
 
 
-def test_a_mode_sees_the_op(device):
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            ops.append(op)
-            return op(*args, **(kwargs or {}))
+class Seen(TorchDispatchMode):
+    """Its ``ops`` are those that were called within it."""
 
-    ops, layer, x = [], make_layer(torch.float32, device), torch.randn(3, 24, device=device)
-    with Seen():
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops.append(op)
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_the_op(device):
+    layer, x = make_layer(torch.float32, device), torch.randn(3, 24, device=device)
+    with Seen() as seen:
         run(layer, x)
-    assert torch.ops.flash_moe.layer_inference.default in ops
+    assert torch.ops.flash_moe.layer_inference.default in seen.ops
 
 
 @pytest.mark.gpu

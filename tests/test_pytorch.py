@@ -332,7 +332,7 @@ def test_functional_call_uses_and_updates_what_it_is_given(router_norm, training
 
 
 def test_function_transforms_are_refused_by_pytorch(device):
-    """Of ops registered with ``torch.library``; docs/pytorch.md says to use ``torch.autograd.grad``."""
+    """Of ops that Python registers; docs/pytorch.md says to use ``torch.autograd.grad``."""
     layer = make_layer(device).eval()
     x, _ = make_batches(1, 4, device=device)[0]
     with pytest.raises(RuntimeError, match="functorch transforms"):

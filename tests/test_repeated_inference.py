@@ -8,25 +8,21 @@ import weakref
 
 import pytest
 import torch
+from test_layer_inference import SIZES, Seen
+from test_layer_inference import make_layer as make_layer_in
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_moe import FlashMoE, FlashMoEConfig
+from flash_moe import FlashMoE
 from flash_moe.testing import poison_memory
 
 pytest.importorskip("triton")
-H = 24
-SIZES = {"hidden_size": H, "intermediate_size": 20, "num_experts": 25, "num_experts_per_tok": 3, "backend": "triton"}
+H = SIZES["hidden_size"]
 
 
 def make_layer(device, **changes):
-    torch.manual_seed(0)
-    layer = FlashMoE(FlashMoEConfig(**{**SIZES, **changes}))
-    layer.router_norm.running_mean.normal_()
-    layer.router_norm.running_var.uniform_(0.5, 2.0)
-    return layer.to(device, torch.bfloat16).eval()
+    return make_layer_in(torch.bfloat16, device, **changes)
 
 
 def make_x(device, *shape, seed=1):
@@ -205,16 +201,6 @@ def test_hooks_registered_later(kind, name, device, repeats):
     handle.remove()
     infer(layer, x)
     assert repeats == [False, True]  # not even asked where somebody watches
-
-
-class Seen(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.ops = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.ops.append(op)
-        return op(*args, **(kwargs or {}))
 
 
 def test_modes_that_come_later_see_everything(device, repeats):

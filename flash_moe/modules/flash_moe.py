@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -108,14 +108,6 @@ class FlashMoEConfig:
         return math.isqrt(self.num_experts)
 
 
-class _Inference(NamedTuple):
-    """A call that was checked, for others like it."""
-
-    config: FlashMoEConfig
-    eps: float
-    inference: RepeatedInference
-
-
 class FlashMoE(nn.Module):
     """A dense gated MLP plus K of E one-neuron experts a token, picked by a Cartesian-product router.
 
@@ -140,7 +132,7 @@ class FlashMoE(nn.Module):
     """
 
     # Of the class, so that layers pickled before there was one have it, too.
-    _last_inference: _Inference | None = None
+    _last_inference: tuple[FlashMoEConfig, RepeatedInference] | None = None
 
     def __init__(self, config: FlashMoEConfig) -> None:
         super().__init__()
@@ -367,11 +359,12 @@ class FlashMoE(nn.Module):
         """
         if is_watched() or (last := self._last_inference) is None:
             return None
+        config, inference = last
         tensors, eps = self._tensors(hidden_states, weights)
-        if last.config is not self.config or last.eps != eps or not last.inference.takes(tensors):
+        if config is not self.config or not inference.takes(tensors, eps):
             return None
         self._router_loss.value = None
-        return last.inference.launch(*tensors)
+        return inference.launch(*tensors)
 
     def _remember(self, hidden_states: Tensor, weights: dict[str, Tensor]) -> None:
         """Make it possible to infer again, after this call of ``layer_inference``."""
@@ -380,7 +373,7 @@ class FlashMoE(nn.Module):
         config, (tensors, eps) = self.config, self._tensors(hidden_states, weights)
         options = (config.num_experts_per_tok, config.norm_topk_prob, config.hidden_act)
         if (inference := repeated_inference(tensors, eps, *options)) is not None:
-            self._last_inference = _Inference(config, eps, inference)
+            self._last_inference = config, inference
 
     def _tensors(self, hidden_states: Tensor, weights: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], float]:
         """What ``layer_inference`` takes, in its op's order, and the norm's eps."""

@@ -1,9 +1,10 @@
-"""Registration of an op with ``torch.library``, which is what lets torch.compile, export and opcheck see it."""
+"""Registration of an op with PyTorch, which is what lets torch.compile, export and opcheck see it."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import library
 from torch.utils._device import DeviceContext
 
 # Of tensors that do nothing of their own when an op is called with them.
@@ -27,12 +28,12 @@ def register_op(
     # define and impl rather than custom_op: half the host time of a call (2.6 against 5.5 us).
     op, signature = schema.split("(", maxsplit=1)
     name = f"flash_moe::{op}"
-    torch.library.define(name, f"({signature}")
-    torch.library.impl(name, "default", implementation)
-    torch.library.register_fake(name, fake)
+    library.define(name, f"({signature}")
+    library.impl(name, "default", implementation)
+    library.register_fake(name, fake)
     if backward is not None and setup_context is not None:
         if is_collective:
-            torch.library.register_autograd(name, backward, setup_context=setup_context)
+            library.register_autograd(name, backward, setup_context=setup_context)
         else:
             _register_autograd(name, backward, setup_context)
 
@@ -46,7 +47,7 @@ def _register_autograd(name: str, backward: Callable[..., Any], setup_context: C
     def formula(ctx: Any, *grads: Any) -> Any:
         return (None,) * len(ctx.needs_input_grad) if grads[0] is None else backward(ctx, *grads)
 
-    torch.library.register_autograd(name, formula, setup_context=remember)
+    library.register_autograd(name, formula, setup_context=remember)
 
 
 def is_watched() -> bool:

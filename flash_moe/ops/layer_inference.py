@@ -43,31 +43,31 @@ def layer_inference(
     tensors = (hidden_states, router_gate, mean, variance, down_weights, up_weights, *dense_weights)
     # An op costs the host 6 us.
     is_plain = not is_watched() and all(type(x) in PLAIN_TYPES for x in tensors)
-    out, logits, indices = (_forward if is_plain else torch.ops.flash_moe.layer_inference)(
-        *[x.contiguous() for x in tensors], eps, num_experts_per_tok, norm_topk_prob, hidden_act
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
+        _forward if is_plain else torch.ops.flash_moe.layer_inference
     )
-    return out, logits, indices
+    return forward(*[x.contiguous() for x in tensors], eps, num_experts_per_tok, norm_topk_prob, hidden_act)
 
 
 class RepeatedInference:
-    """``layer_inference`` in one launch, of tensors that are like those of a call that was checked.
+    """``layer_inference`` in one launch, of an eps and tensors that are like those of a call that was checked.
 
     The tensors stand in the order of the op's. ``hidden_states`` may be ``[..., H]``, and ``y`` is then, too. What
     ``launch`` gives are ``y`` and ``router_logits``.
     """
 
-    def __init__(self, tensors: tuple[Tensor, ...], launch: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        self.launch = launch
+    def __init__(self, tensors: tuple[Tensor, ...], eps: float, launch: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self.launch, self._eps = launch, eps
         assert _TensorGuards is not None
         self._guards: Any = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
-    def takes(self, tensors: tuple[object, ...]) -> bool:
+    def takes(self, tensors: tuple[object, ...], eps: float) -> bool:
         """Whether they are like those, and no tensor is there twice.
 
-        Compared in one call, in 0.7 us: types, dtypes, devices, shapes, strides, who requires gradients, and dispatch
-        keys, which autocast, inference mode, function transforms and dispatch modes change.
+        Tensors are compared in one call, in 0.7 us: types, dtypes, devices, shapes, strides, who requires gradients,
+        and dispatch keys, which autocast, inference mode, function transforms and dispatch modes change.
         """
-        return self._guards.check(*tensors)
+        return eps == self._eps and self._guards.check(*tensors)
 
 
 def repeated_inference(
@@ -81,7 +81,7 @@ def repeated_inference(
     x, router_gate, mean, variance, _, _, *dense = tensors
     gate, tokens = (router_gate, mean, variance, eps), x.view(-1, x.shape[-1])
     launch = kernels.one_launch(tokens, gate, tuple(dense), num_experts_per_tok, norm_topk_prob, hidden_act)
-    return None if launch is None else RepeatedInference(tensors, launch)
+    return None if launch is None else RepeatedInference(tensors, eps, launch)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,10 +89,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
     x, router_gate, mean, variance, down, up, *dense_weights = arguments[:9]
     eps, *options = arguments[9:]
-    out, logits, indices = kernels.layer_inference(
-        x, (router_gate, mean, variance, eps), (down, up), tuple(dense_weights), *options
-    )
-    return out, logits, indices
+    return kernels.layer_inference(x, (router_gate, mean, variance, eps), (down, up), tuple(dense_weights), *options)
 
 
 def _fake(hidden_states: Tensor, router_gate: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

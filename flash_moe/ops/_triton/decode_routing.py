@@ -11,7 +11,7 @@ import triton.language as tl
 
 from flash_moe._moe_layer import TINY
 from flash_moe.ops._triton.math import accurate_exp, dot, round_for
-from flash_moe.ops._triton.ranking import SMALLEST_KEY, is_above, ordered_key
+from flash_moe.ops._triton.ranking import SMALLEST_KEY, is_above, ordered_key, with_ids
 
 # Below every logit, and finite: a token of NaNs would subtract infinities.
 NO_LOGIT = tl.constexpr(-3.4e38)
@@ -173,10 +173,9 @@ def select(
         if SCORING == "sigmoid" or HAS_BIAS:
             ranked = biased
     keys = tl.where(e < E, ordered_key(ranked), SMALLEST_KEY)
-    # The low 13 bits of a 16-bit float's key are all equal: room for the id, and one comparison in place of 3.
     IS_DISTINCT: tl.constexpr = SCORING == "softmax" and not HAS_BIAS and logits_ptr.dtype.element_ty != tl.float32
     if IS_DISTINCT:
-        keys = (keys & -8192) | (8191 - e)
+        keys = with_ids(keys, e)
     if SCORING == "sigmoid" or HAS_BIAS or GROUPS > 1:
         keys = _as_stored(keys, e, keys_ptr)
     if GROUPS > 1:

@@ -26,7 +26,7 @@ from torch import Tensor
 from flash_moe.ops._triton.counters import LINE, MAX_POLLS, arrive, wait_again
 from flash_moe.ops._triton.gate import _load_norm
 from flash_moe.ops._triton.math import accurate_exp, activation, round_for
-from flash_moe.ops._triton.ranking import SMALLEST_KEY, is_above, ordered_key
+from flash_moe.ops._triton.ranking import SMALLEST_KEY, is_above, ordered_key, with_ids
 from flash_moe.ops._triton.relaunch import Kept, Relaunch
 from flash_moe.ops._triton.scratch import Scratch, current_stream, keep
 from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
@@ -78,8 +78,7 @@ def _make_keys(logits_ptr, keys_ptr, N: tl.constexpr, BLOCK_N: tl.constexpr):
     logits = tl.load(logits_ptr + n, mask=n < N, other=float("-inf"), cache_modifier=".cg").to(tl.float32)
     keys = tl.where(n < N, ordered_key(logits), SMALLEST_KEY)
     if logits_ptr.dtype.element_ty != tl.float32:
-        # The low 13 bits of a 16-bit float's key are all equal: room for the id, and one comparison in place of 3.
-        keys = (keys & -8192) | (8191 - n)
+        keys = with_ids(keys, n)
     tl.store(keys_ptr + n, keys)
     largest = tl.reduce(logits, 0, _nan_max)
     total = tl.sum(accurate_exp(logits - largest), 0)
@@ -408,9 +407,9 @@ class FewTokens:
 
     def __init__(self, sizes: _Sizes, device: torch.device) -> None:
         T, H, I, N, K, dtype, *_, eps, norm_topk_prob, hidden_act = sizes
-        self._device, self._is_cuda = device, device.type == "cuda"
+        self._device = device
         num_programs, options = 1, {}  # the interpreter runs programs one after another: one program of both kinds
-        if self._is_cuda:
+        if device.type == "cuda":
             num_programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
             # All programs at once or an error, since they wait for each other.
             options = {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS}
@@ -431,7 +430,7 @@ class FewTokens:
             indices: takes the experts, ``[T, K]`` int64, if anybody wants them.
         """
         index = self._device.index
-        if self._is_cuda and index != torch.cuda.current_device():
+        if index is not None and index != torch.cuda.current_device():
             with torch.cuda.device(index):
                 return self(x, *weights, indices=indices)
         stream, is_capturing = current_stream(index)
