@@ -408,6 +408,7 @@ class FewTokens:
     def __init__(self, sizes: _Sizes, device: torch.device) -> None:
         T, H, I, N, K, dtype, *_, eps, norm_topk_prob, hidden_act = sizes
         self._device = device
+        self._device_index: int | None = device.index
         num_programs, options = 1, {}  # the interpreter runs programs one after another: one program of both kinds
         if device.type == "cuda":
             num_programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
@@ -429,7 +430,7 @@ class FewTokens:
             weights: the gate's, running mean and variance, both tables, and the MLP's three; all contiguous.
             indices: takes the experts, ``[T, K]`` int64, if anybody wants them.
         """
-        index = self._device.index
+        index = self._device_index
         if index is not None and index != torch.cuda.current_device():
             with torch.cuda.device(index):
                 return self(x, *weights, indices=indices)
