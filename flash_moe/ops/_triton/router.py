@@ -21,13 +21,26 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_moe.ops._triton.math import accurate_exp, round_for
+from flash_moe.ops._triton.router_keys import (
+    LOWEST,
+    PADDING,
+    PROBABILITIES,
+    RENORMALIZED,
+    SCORES,
+    ids_of,
+    load_logits,
+    log_sum_exp,
+    long_keys,
+    nan_max,
+    nan_min,
+    scores_of,
+    weigh,
+)
+from flash_moe.ops._triton.router_lanes import forward_by_lanes, takes_lanes
 from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 from flash_moe.ops._triton.sort import log2, merge_best, top
 
-LOWEST = tl.constexpr(-(2**31))
-PADDING = tl.constexpr(-(2**63))
 MAX_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
-SCORES, PROBABILITIES, RENORMALIZED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Keys that go through a network at a time, unless more must be kept: more does no less work and takes long to compile.
 MAX_SORT = 512
 # Up to this many keys a half both halves are ranked at once: 6.2 instead of 7.2 us at T 1, N 128, K 64.
@@ -55,42 +68,8 @@ MAX_ALL_PAIRS, MAX_BLOCK_T = 32, 4
 
 
 @triton.jit
-def _pack(scores, ids, mask):
-    """int64 keys that order (score descending, id ascending): a NaN is above all, a masked slot below."""
-    bits = tl.where(scores == scores, scores, float("nan")).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(mask, (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - ids.to(tl.int64)), PADDING)
-
-
-@triton.jit
-def _scores(keys):
-    ordered = (keys >> 32).to(tl.int32)
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _ids(keys):
-    return 0xFFFFFFFF - (keys & 0xFFFFFFFF)
-
-
-@triton.jit
 def _as_ints(float_ptr):
     return float_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-
-
-@triton.jit
-def _nan_max(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _nan_min(a, b):
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _load(logits_ptr, n, mask):
-    return tl.load(logits_ptr + n, mask=mask, other=0.0).to(tl.float32) + 0.0  # -0.0 becomes 0.0
 
 
 @triton.jit
@@ -143,11 +122,11 @@ def _settle(scores, scores_ptr, ids_ptr, length, RUN: tl.constexpr):
 @triton.jit
 def _rank_one_by_one(logits_ptr, scores_ptr, ids_ptr, N, R: tl.constexpr, BLOCK_N: tl.constexpr):
     n = tl.arange(0, BLOCK_N)
-    keys = _pack(_load(logits_ptr, n, n < N), n, n < N)
+    keys = long_keys(load_logits(logits_ptr, n, n < N), n, n < N)
     for r in range(tl.minimum(R, N)):
         best = tl.max(keys, 0)
-        tl.store(scores_ptr + r, _scores(best))
-        tl.store(ids_ptr + r, _ids(best).to(tl.int32))
+        tl.store(scores_ptr + r, scores_of(best))
+        tl.store(ids_ptr + r, ids_of(best).to(tl.int32))
         keys = tl.where(keys == best, PADDING, keys)
 
 
@@ -175,22 +154,22 @@ def _rank_quickly(
     BITS: tl.constexpr = 23 if LOG_N < 9 else 31 - LOG_N
     i = tl.arange(0, HALVES * BLOCK_N)
     n = i % BLOCK_N
-    x = _load(logits_ptr + i // BLOCK_N * half_stride, n, n < N)
+    x = load_logits(logits_ptr + i // BLOCK_N * half_stride, n, n < N)
     halves = tl.reshape(x, [HALVES, BLOCK_N])
-    low, high = tl.reduce(halves, 1, _nan_min), tl.reduce(halves, 1, _nan_max)
+    low, high = tl.reduce(halves, 1, nan_min), tl.reduce(halves, 1, nan_max)
     steps = _fixed_point(x, _per_element(low, BLOCK_N), _per_element(high, BLOCK_N), BITS)
     keys = tl.where(n < N, (steps << LOG_N) | (BLOCK_N - 1 - n), LOWEST)
     ids = BLOCK_N - 1 - (top(keys, R, VECTOR, HALVES) & (BLOCK_N - 1))
     r = tl.arange(0, HALVES * R)
     is_key = (r % R < N) & (ids < N)
-    scores = _load(logits_ptr + r // R * half_stride, ids, is_key)
+    scores = load_logits(logits_ptr + r // R * half_stride, ids, is_key)
     tl.store(scores_ptr + r, scores)
     tl.store(ids_ptr + r, ids)
     # A better logit that was left out is in the same step of the fixed point as the last that was not.
     last = tl.min(tl.reshape(tl.where(is_key & (scores == scores), scores, float("inf")), [HALVES, R]), 1)
     num_better = tl.sum(((x > _per_element(last, BLOCK_N)) & (n < N)).to(tl.int32))
     num_better -= tl.sum(((scores > _per_element(last, R)) & is_key).to(tl.int32))
-    if (num_better == 0) & _are_finite(tl.reduce(low, 0, _nan_min), tl.reduce(high, 0, _nan_max)):
+    if (num_better == 0) & _are_finite(tl.reduce(low, 0, nan_min), tl.reduce(high, 0, nan_max)):
         _settle(scores, scores_ptr, ids_ptr, tl.minimum(R, N), R)
     else:
         tl.debug_barrier()
@@ -203,24 +182,10 @@ def _rank_many(logits_ptr, scores_ptr, ids_ptr, N, R: tl.constexpr, BLOCK_N: tl.
     best = tl.full([R], PADDING, tl.int64)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        best = merge_best(best, top(_pack(_load(logits_ptr, n, n < N), n, n < N), R), PADDING)
+        best = merge_best(best, top(long_keys(load_logits(logits_ptr, n, n < N), n, n < N), R), PADDING)
     r = tl.arange(0, R)
-    tl.store(scores_ptr + r, _scores(best))
-    tl.store(ids_ptr + r, _ids(best).to(tl.int32))
-
-
-@triton.jit
-def _log_sum_exp(logits_ptr, N, BLOCK_N: tl.constexpr):
-    high = float("-inf")
-    total = 0.0
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        x = tl.where(n < N, _load(logits_ptr, n, n < N), float("-inf"))
-        higher = _nan_max(high, tl.reduce(x, 0, _nan_max))
-        total = total * accurate_exp(high - higher) + tl.sum(accurate_exp(x - higher))
-        high = higher
-    log = tl.log(total)
-    return high + (log + (total * accurate_exp(-log) - 1.0))  # one Newton step: tl.log is off by several units
+    tl.store(scores_ptr + r, scores_of(best))
+    tl.store(ids_ptr + r, ids_of(best).to(tl.int32))
 
 
 @triton.jit
@@ -377,7 +342,7 @@ def _sort_some(
     if IS_QUICK:
         keys = _pair_keys(sums, row_ids, col_ids, low, high, mask, LOG_N)
     else:
-        keys = _pack(sums, row_ids.to(tl.int64) * N + col_ids, mask)
+        keys = long_keys(sums, row_ids.to(tl.int64) * N + col_ids, mask)
     return top(keys, SIZE, VECTOR)
 
 
@@ -410,7 +375,7 @@ def _settle_pairs(best, total, logits_ptr, half_stride, ranked_ptr, N, WIDTH: tl
     LAST: tl.constexpr = (1 << LOG_N) - 1
     row = LAST - ((best >> LOG_N) & LAST)
     col = LAST - (best & LAST)
-    sums = _load(logits_ptr, row, best >= 0) + _load(logits_ptr + half_stride, col, best >= 0)
+    sums = load_logits(logits_ptr, row, best >= 0) + load_logits(logits_ptr + half_stride, col, best >= 0)
     w = tl.arange(0, WIDTH)
     ids_ptr = _as_ints(ranked_ptr + WIDTH)
     tl.debug_barrier()
@@ -464,7 +429,8 @@ def _router_fwd_kernel(
     row_log_sum, col_log_sum = 0.0, 0.0
     if OUTPUT == PROBABILITIES:
         for half in range(2):
-            log_sum = _log_sum_exp(logits_ptr + half * half_stride, N, BLOCK_N)
+            half_ptr = logits_ptr + half * half_stride + tl.zeros([1, 1], tl.int32)
+            log_sum = tl.sum(tl.sum(log_sum_exp(half_ptr, tl.full([1, 1], True, tl.int1), N, BLOCK_N), 1), 0)
             tl.store(log_sums_ptr + half * T + t, log_sum)
             row_log_sum, col_log_sum = col_log_sum, log_sum
     tl.debug_barrier()
@@ -479,14 +445,9 @@ def _router_fwd_kernel(
     if IS_QUICK:
         scores, ids = _settle_pairs(best, total, logits_ptr, half_stride, ranked_ptr, N, WIDTH, LOG_N)
     else:
-        scores, ids = _scores(best), _ids(best)
+        scores, ids = scores_of(best), ids_of(best)
     k = tl.arange(0, WIDTH)
-    if OUTPUT == PROBABILITIES:
-        scores = accurate_exp((scores - row_log_sum) - col_log_sum)
-    elif OUTPUT == RENORMALIZED:
-        scores = tl.where(k < K, scores, float("-inf"))
-        exponentials = accurate_exp(scores - tl.reduce(scores, 0, _nan_max))
-        scores = exponentials / tl.sum(exponentials)
+    scores = weigh(scores, k < K, row_log_sum, col_log_sum, OUTPUT)
     tl.store(scores_ptr + t * K + k, round_for(scores_ptr, scores), mask=k < K)
     tl.store(indices_ptr + t * K + k, ids.to(tl.int64), mask=k < K)
 
@@ -501,7 +462,7 @@ def _add_equal(key_a, a, key_b, b):
 def _softmax_part(logits_ptr, n, mask, log_sum, inner, OUTPUT: tl.constexpr):
     """What the softmax over the keys adds to a logit's gradient, chosen or not."""
     if OUTPUT == PROBABILITIES:
-        return -accurate_exp(_load(logits_ptr, n, mask) - log_sum) * inner
+        return -accurate_exp(load_logits(logits_ptr, n, mask) - log_sum) * inner
     else:
         return tl.zeros(mask.shape, tl.float32)
 
@@ -633,6 +594,10 @@ def routing_forward(
 def _forward(router_logits: Tensor, scores: Tensor, log_sums: Tensor, output: int) -> Tensor:
     (_, T, N), K = router_logits.shape, scores.shape[1]
     indices = torch.empty_like(scores, dtype=torch.int64)
+    if takes_lanes(T, N, K):
+        with torch.cuda.device_of(router_logits):
+            forward_by_lanes(router_logits, scores, indices, log_sums, output)
+        return indices
     meta, num_warps, registers = _shape_forward(N, K)
     is_16_bit = router_logits.dtype != torch.float32
     scratch = torch.empty(T, meta["SCRATCH"], dtype=torch.float32, device=router_logits.device)
