@@ -16,9 +16,9 @@ from flash_moe.ops._triton.expert import (
     expert_backward_tables,
     expert_backward_tokens,
     expert_forward,
-    group_for_rows,
     group_for_tables,
 )
+from flash_moe.ops._triton.grouping import group_by_distinct_expert
 from flash_moe.ops._triton.mlp import gated_activation_backward, gated_activation_forward
 
 Experts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -116,7 +116,10 @@ def expert_mlp_backward(
     with beside:
         groups: Any = None
         if wants_tables:  # first: a chain of short launches that leave the GPU nearly idle
-            groups = (group_for_rows if sparse_grad else group_for_tables)(x, indices, num_experts)
+            if sparse_grad:
+                groups = group_by_distinct_expert(indices, num_experts)
+            else:
+                groups = group_for_tables(x, indices, num_experts)
         grouped = beside.mark()
     dx, dweights, ds, coefficients = expert_backward_tokens(grad_out, *experts, pre_activations, hidden_act)
     has_dx = beside.current_mark()
