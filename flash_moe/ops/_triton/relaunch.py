@@ -89,10 +89,11 @@ def launch(
 @lru_cache(MAX_REMEMBERED, typed=True)
 def _kinds(*numbers: float) -> tuple[Any, ...]:
     """Numbers of the same kinds compile to the same code."""
-    return tuple(
-        (number == 1, number % 16 == 0, number.bit_length() // 32) if type(number) is int else type(number)
-        for number in numbers
-    )
+    return tuple(_kind(number) if type(number) is int else type(number) for number in numbers)
+
+
+def _kind(number: int) -> tuple[bool, ...]:
+    return number == 1, number % 16 == 0, -(2**31) <= number < 2**31, number < 2**63
 
 
 def _is_watched() -> bool:
