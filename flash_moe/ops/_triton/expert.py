@@ -227,7 +227,7 @@ def expert_forward(
 ) -> tuple[Tensor, Tensor]:
     """``out [T, H]`` and the pre-activations ``s [T, K]``, float32."""
     arguments = (hidden_states, down_weights, up_weights, indices, routing_weights, hidden_act)
-    variant = variant_for(FORWARD, hidden_states, indices, len(down_weights))
+    variant = variant_for(FORWARD, hidden_states, indices, down_weights.shape[0])
     if variant == FUSED:
         return fused_forward(*arguments)
     return _forward_dense(*arguments) if variant == DENSE else _forward_gathered(*arguments)
@@ -270,7 +270,7 @@ def expert_forward_quantized(
     """``out [T, H]`` in the dtype of ``hidden_states``, of tables of 8 bits with a scale a row ``[E]``."""
     tables = (down_weights, up_weights, down_scale, up_scale)
     # By the bytes of a table's row. The dense products take tables of 16 bits alone: they are never chosen here.
-    variant = variant_for(FORWARD, down_weights, indices, len(down_weights))
+    variant = variant_for(FORWARD, down_weights, indices, down_weights.shape[0])
     if variant == FUSED:
         return fused_forward_quantized(hidden_states, *tables, indices, routing_weights, hidden_act)
     partials = _dots(hidden_states, down_weights, indices)
@@ -299,7 +299,7 @@ def _forward_dense(
     coefficients = compress(
         pre_activations,
         indices,
-        len(up_weights),
+        up_weights.shape[0],
         hidden_states.dtype,
         weights=routing_weights,
         hidden_act=hidden_act,
@@ -321,7 +321,7 @@ def expert_backward_tokens(
     dweights = torch.empty_like(routing_weights)
     dpre_activations, coefficients = torch.empty_like(pre_activations), torch.empty_like(pre_activations)
     P = indices.numel()
-    is_dense = variant_for(BACKWARD_TOKENS, hidden_states, indices, len(down_weights)) == DENSE
+    is_dense = variant_for(BACKWARD_TOKENS, hidden_states, indices, down_weights.shape[0]) == DENSE
     dots, token_sums = (dense_dots, dense_token_sums) if is_dense else (_dots, _token_sums)
     partials = dots(grad_out, up_weights, indices)
     launch(
