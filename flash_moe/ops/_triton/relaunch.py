@@ -1,4 +1,4 @@
-"""Launches past Triton's binder, which takes the host 15 us and more a launch: longer than the GPU for few tokens.
+"""Launches past Triton's binder, which takes the host longer than the GPU takes for a kernel on few tokens.
 
 What a kernel was compiled for is remembered, and the compiled kernel called with the tensors' addresses. Through Triton
 goes the first call of each kind, which compiles; every call with a tensor that does not begin at a multiple of 16
