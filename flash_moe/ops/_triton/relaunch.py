@@ -76,7 +76,7 @@ def launch(
     is_aligned = bits % ALIGNMENT == 0
     if compiled is None or not is_aligned or _is_watched():
         launched = kernel[grid](*tensors, *numbers, *constants, **named)
-        if is_aligned and launched is not None:  # as it is of the interpreter's, which compiles nothing
+        if is_aligned and launched is not None:  # the interpreter, which compiles nothing, gives None
             if len(_remembered) >= MAX_REMEMBERED:
                 _remembered.clear()
             _remembered[key] = _Compiled.of(kernel, launched, constants, named)
