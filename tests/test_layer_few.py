@@ -8,7 +8,6 @@ from flash_moe.testing import poison_memory
 
 layer_few = pytest.importorskip("flash_moe.ops._triton.layer_few")
 layer_inference = pytest.importorskip("flash_moe.ops._triton.layer_inference")
-relaunch = pytest.importorskip("flash_moe.ops._triton.relaunch")
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -134,41 +133,3 @@ def test_realistic_sizes(T, H, I, N, K, dtype, device, monkeypatch):
     assert (y - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max()
     for _ in range(100):
         assert torch.equal(run(arguments)[0], y)
-
-
-class FakeKernel:
-    """Like a Triton kernel: compiled at the first launch."""
-
-    arg_names = ("x_ptr", "eps", "SIZE")
-
-    def __init__(self):
-        self.launched = []
-        self.function, self.packed_metadata = "function", "metadata"
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launched.append((grid, args, kwargs)) or self
-
-    def run(self, *args):
-        self.launched.append(args)
-
-
-def test_relaunch_passes_by_triton_but_where_that_would_compile_again():
-    kernel = FakeKernel()
-    launch = relaunch.Relaunch(kernel, 3, (0.5,), {"SIZE": 7}, num_warps=4)
-    x = torch.zeros(64)
-    through_triton = ((3,), (x, 0.5), {"SIZE": 7, "num_warps": 4})
-    launch((x,), 11)
-    assert kernel.launched == [through_triton]
-    launch((x,), 11)
-    assert kernel.launched[1] == (3, 1, 1, 11, "function", "metadata", None, None, None, x.data_ptr(), 0.5, 7)
-    launch((x[1:],), 11)
-    assert kernel.launched[2][0] == (3,)
-    hook = print
-    relaunch.triton.knobs.runtime.launch_enter_hook.add(hook)
-    try:
-        launch((x,), 11)
-    finally:
-        relaunch.triton.knobs.runtime.launch_enter_hook.remove(hook)
-    assert kernel.launched[3][0] == (3,)
-    launch((x,), 11)
-    assert kernel.launched[4][:3] == (3, 1, 1)

@@ -1,5 +1,6 @@
 """One-neuron experts: each token sums its K chosen experts, w * act(x . down[e]) * up[e]."""
 
+from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -227,6 +228,7 @@ def check_ids(indices: Tensor, num_experts: int) -> None:
         check_ids_in_range("indices", indices, num_experts)
 
 
+@lru_cache
 def _implementation(backend: str) -> ModuleType:
     return import_module(f"flash_moe.ops._{backend}.expert")
 

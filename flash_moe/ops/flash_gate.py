@@ -1,5 +1,6 @@
 """The router's gate on normalised tokens: BatchNorm and a linear layer as one product."""
 
+from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -118,6 +119,7 @@ def fuses_gate(hidden_states: Tensor, backend: str) -> bool:
     return T > 0 and (hidden_states.dtype != torch.float32 or T <= MAX_FLOAT32_TOKENS)
 
 
+@lru_cache
 def _kernels() -> ModuleType:
     return import_module("flash_moe.ops._triton.gate")
 

@@ -1,5 +1,6 @@
 """Cartesian-product router: the exact top K of N * N sums of a row and a column score, without forming them."""
 
+from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -109,6 +110,7 @@ def with_dense_rows(router_logits: Tensor) -> Tensor:
     return router_logits.contiguous()
 
 
+@lru_cache
 def _implementation(backend: str, num_expert_keys: int, num_experts_per_tok: int) -> ModuleType:
     small = num_experts_per_tok <= MAX_TRITON_EXPERTS_PER_TOK and num_expert_keys <= MAX_TRITON_EXPERT_KEYS
     name = "_triton" if backend == Backend.TRITON.value and small else "_torch"

@@ -29,6 +29,7 @@ from flash_moe.ops._triton.expert_sums import expert_sums
 from flash_moe.ops._triton.grouping import Groups, group_by_distinct_expert, group_by_expert
 from flash_moe.ops._triton.launch import tile_config
 from flash_moe.ops._triton.math import activation, activation_grad, round_for, table_float
+from flash_moe.ops._triton.relaunch import launch
 from flash_moe.ops._triton.sizes import cdiv
 
 # The tiles that a warp keeps in flight are in the launch tables. On an H200 at T 4096, H 1024, bf16, K 64, E 16384 the
@@ -201,7 +202,8 @@ def _dots(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     k_per_program = config["BLOCK_K"] * (1 if num_slices == 1 else BLOCKS_PER_PROGRAM_OF_A_SLICE)
     partials = torch.empty(num_slices, T, K, dtype=torch.float32, device=rows.device)
     grid = (T * cdiv(K, k_per_program), num_slices)
-    _dots_kernel[grid](rows, table, indices, partials, T, H, K, width, k_per_program, **config)
+    tensors = (rows, table, indices, partials)
+    launch(_dots_kernel, grid, tensors, (T, H, K), width, k_per_program, **config)
     return partials
 
 
@@ -210,7 +212,8 @@ def _token_sums(coefficients: Tensor, table: Tensor, indices: Tensor, dtype: tor
     (T, K), H = indices.shape, table.shape[1]
     out = table.new_empty(T, H, dtype=dtype)
     config = tile_config("token_sums", table, indices, H)
-    _token_sums_kernel[(T, cdiv(H, config["BLOCK_H"]))](coefficients, table, indices, out, H, K, **config)
+    grid = (T, cdiv(H, config["BLOCK_H"]))
+    launch(_token_sums_kernel, grid, (coefficients, table, indices, out), (H, K), **config)
     return out
 
 
@@ -224,11 +227,10 @@ def expert_forward(
 ) -> tuple[Tensor, Tensor]:
     """``out [T, H]`` and the pre-activations ``s [T, K]``, float32."""
     arguments = (hidden_states, down_weights, up_weights, indices, routing_weights, hidden_act)
-    variant = variant_for(FORWARD, hidden_states, indices, len(down_weights))
-    with torch.cuda.device_of(hidden_states):
-        if variant == FUSED:
-            return fused_forward(*arguments)
-        return _forward_dense(*arguments) if variant == DENSE else _forward_gathered(*arguments)
+    variant = variant_for(FORWARD, hidden_states, indices, down_weights.shape[0])
+    if variant == FUSED:
+        return fused_forward(*arguments)
+    return _forward_dense(*arguments) if variant == DENSE else _forward_gathered(*arguments)
 
 
 def _forward_gathered(
@@ -243,8 +245,14 @@ def _forward_gathered(
     coefficients = torch.empty_like(pre_activations)
     P = indices.numel()
     partials = _dots(hidden_states, down_weights, indices)
-    _coefficients_fwd_kernel[(cdiv(P, ELEMENTWISE_BLOCK),)](
-        partials, routing_weights, pre_activations, coefficients, P, hidden_act, len(partials), ELEMENTWISE_BLOCK
+    launch(
+        _coefficients_fwd_kernel,
+        (cdiv(P, ELEMENTWISE_BLOCK),),
+        (partials, routing_weights, pre_activations, coefficients),
+        (P,),
+        hidden_act,
+        partials.shape[0],
+        ELEMENTWISE_BLOCK,
     )
     return _token_sums(coefficients, up_weights, indices), pre_activations
 
@@ -262,25 +270,21 @@ def expert_forward_quantized(
     """``out [T, H]`` in the dtype of ``hidden_states``, of tables of 8 bits with a scale a row ``[E]``."""
     tables = (down_weights, up_weights, down_scale, up_scale)
     # By the bytes of a table's row. The dense products take tables of 16 bits alone: they are never chosen here.
-    variant = variant_for(FORWARD, down_weights, indices, len(down_weights))
-    with torch.cuda.device_of(hidden_states):
-        if variant == FUSED:
-            return fused_forward_quantized(hidden_states, *tables, indices, routing_weights, hidden_act)
-        partials = _dots(hidden_states, down_weights, indices)
-        coefficients, P = torch.empty_like(indices, dtype=torch.float32), indices.numel()
-        _scaled_coefficients_kernel[(cdiv(P, ELEMENTWISE_BLOCK),)](
-            partials,
-            routing_weights,
-            indices,
-            down_scale,
-            up_scale,
-            coefficients,
-            P,
-            hidden_act,
-            len(partials),
-            ELEMENTWISE_BLOCK,
-        )
-        return _token_sums(coefficients, up_weights, indices, hidden_states.dtype)
+    variant = variant_for(FORWARD, down_weights, indices, down_weights.shape[0])
+    if variant == FUSED:
+        return fused_forward_quantized(hidden_states, *tables, indices, routing_weights, hidden_act)
+    partials = _dots(hidden_states, down_weights, indices)
+    coefficients, P = torch.empty_like(indices, dtype=torch.float32), indices.numel()
+    launch(
+        _scaled_coefficients_kernel,
+        (cdiv(P, ELEMENTWISE_BLOCK),),
+        (partials, routing_weights, indices, down_scale, up_scale, coefficients),
+        (P,),
+        hidden_act,
+        partials.shape[0],
+        ELEMENTWISE_BLOCK,
+    )
+    return _token_sums(coefficients, up_weights, indices, hidden_states.dtype)
 
 
 def _forward_dense(
@@ -295,7 +299,7 @@ def _forward_dense(
     coefficients = compress(
         pre_activations,
         indices,
-        len(up_weights),
+        up_weights.shape[0],
         hidden_states.dtype,
         weights=routing_weights,
         hidden_act=hidden_act,
@@ -317,24 +321,19 @@ def expert_backward_tokens(
     dweights = torch.empty_like(routing_weights)
     dpre_activations, coefficients = torch.empty_like(pre_activations), torch.empty_like(pre_activations)
     P = indices.numel()
-    grid = (cdiv(P, ELEMENTWISE_BLOCK),)
-    is_dense = variant_for(BACKWARD_TOKENS, hidden_states, indices, len(down_weights)) == DENSE
+    is_dense = variant_for(BACKWARD_TOKENS, hidden_states, indices, down_weights.shape[0]) == DENSE
     dots, token_sums = (dense_dots, dense_token_sums) if is_dense else (_dots, _token_sums)
-    with torch.cuda.device_of(hidden_states):
-        partials = dots(grad_out, up_weights, indices)
-        _coefficients_bwd_kernel[grid](
-            partials,
-            routing_weights,
-            pre_activations,
-            dweights,
-            dpre_activations,
-            coefficients,
-            P,
-            hidden_act,
-            len(partials),
-            ELEMENTWISE_BLOCK,
-        )
-        dx = token_sums(dpre_activations, down_weights, indices)
+    partials = dots(grad_out, up_weights, indices)
+    launch(
+        _coefficients_bwd_kernel,
+        (cdiv(P, ELEMENTWISE_BLOCK),),
+        (partials, routing_weights, pre_activations, dweights, dpre_activations, coefficients),
+        (P,),
+        hidden_act,
+        partials.shape[0],
+        ELEMENTWISE_BLOCK,
+    )
+    dx = token_sums(dpre_activations, down_weights, indices)
     return dx, dweights, dpre_activations, coefficients
 
 
@@ -342,8 +341,7 @@ def group_for_tables(hidden_states: Tensor, indices: Tensor, num_experts: int) -
     """What ``expert_backward_tables`` needs to know of the routing alone; None where tensor cores do without."""
     if variant_for(BACKWARD_TABLES, hidden_states, indices, num_experts) == DENSE:
         return None
-    with torch.cuda.device_of(hidden_states):
-        return group_by_expert(indices, num_experts)
+    return group_by_expert(indices, num_experts)
 
 
 def expert_backward_tables(
@@ -360,17 +358,10 @@ def expert_backward_tables(
     ``groups`` are those of ``group_for_tables``, if they are there already.
     """
     groups = groups or group_for_tables(hidden_states, indices, num_experts)
-    with torch.cuda.device_of(hidden_states):
-        if groups is None:
-            ddown = dense_expert_sums(hidden_states, dpre_activations, indices, num_experts)
-            return ddown, dense_expert_sums(grad_out, coefficients, indices, num_experts)
-        return expert_sums(grad_out, hidden_states, dpre_activations, coefficients, groups)
-
-
-def group_for_rows(hidden_states: Tensor, indices: Tensor, num_experts: int) -> tuple[Groups, Tensor]:
-    """Groups of the distinct experts and their ids, int64, in min(P, E) rows."""
-    with torch.cuda.device_of(hidden_states):
-        return group_by_distinct_expert(indices, num_experts)
+    if groups is None:
+        ddown = dense_expert_sums(hidden_states, dpre_activations, indices, num_experts)
+        return ddown, dense_expert_sums(grad_out, coefficients, indices, num_experts)
+    return expert_sums(grad_out, hidden_states, dpre_activations, coefficients, groups)
 
 
 def expert_backward_rows(
@@ -384,8 +375,7 @@ def expert_backward_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``ids``, int64, and ``ddown``, ``dup`` of each distinct expert, in min(P, E) rows; the rows left are zeros.
 
-    ``grouped`` is what ``group_for_rows`` gives, if it is there already.
+    ``grouped`` is what ``group_by_distinct_expert`` gives, if it is there already.
     """
-    groups, ids = grouped or group_for_rows(hidden_states, indices, num_experts)
-    with torch.cuda.device_of(hidden_states):
-        return ids, *expert_sums(grad_out, hidden_states, dpre_activations, coefficients, groups)
+    groups, ids = grouped or group_by_distinct_expert(indices, num_experts)
+    return ids, *expert_sums(grad_out, hidden_states, dpre_activations, coefficients, groups)

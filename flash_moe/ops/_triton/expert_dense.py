@@ -25,6 +25,7 @@ from torch import Tensor
 
 from flash_moe.ops._triton.launch import FLOAT32_TILE, Tile
 from flash_moe.ops._triton.math import activation, dot, round_for
+from flash_moe.ops._triton.relaunch import launch
 from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
 GROUP = tl.constexpr(8)
@@ -353,17 +354,11 @@ def compress(
     block_k = max(2, next_power_of_2(K))
     block_t = max(1, min(COMPRESS_BLOCK // block_k, next_power_of_2(T)))
     key_dtype = tl.int32 if (G + 1) * GROUP.value * block_k < 2**31 else tl.int64
-    _compress_kernel[(cdiv(S, block_t),)](
-        coefficients,
-        weights,
-        indices,
-        scales,
-        slots,
-        values,
-        T,
-        S,
-        G,
-        K,
+    launch(
+        _compress_kernel,
+        (cdiv(S, block_t),),
+        (coefficients, weights, indices, scales, slots, values),
+        (T, S, G, K),
         hidden_act,
         for_expert_sums,
         key_dtype,
@@ -391,15 +386,11 @@ def dense_dots(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     (T, K), (E, H) = indices.shape, table.shape
     tile = DOTS_TILE if table.element_size() == 2 else FLOAT32_TILE
     out = torch.empty(1, T, K, dtype=torch.float32, device=rows.device)
-    _dots_kernel[(cdiv(T, tile.rows) * cdiv(E, tile.columns),)](
-        rows,
-        table,
-        indices,
-        out,
-        T,
-        H,
-        E,
-        K,
+    launch(
+        _dots_kernel,
+        (cdiv(T, tile.rows) * cdiv(E, tile.columns),),
+        (rows, table, indices, out),
+        (T, H, E, K),
         tile.rows,
         tile.columns,
         tile.depth,
@@ -448,19 +439,11 @@ def _sums(
     num_splits = max(1, cdiv(length, split))
     out = operand.new_empty(R, H)
     sums = out if num_splits == 1 else operand.new_empty(num_splits, R, H, dtype=torch.float32)
-    kernel[(num_programs, num_splits)](
-        compressed.slots,
-        compressed.values,
-        compressed.scales,
-        operand,
-        sums,
-        T,
-        H,
-        E,
-        S,
-        G,
-        K,
-        split,
+    launch(
+        kernel,
+        (num_programs, num_splits),
+        (compressed.slots, compressed.values, compressed.scales, operand, sums),
+        (T, H, E, S, G, K, split),
         tile.rows,
         tile.columns,
         tile.depth,
@@ -469,7 +452,7 @@ def _sums(
         num_stages=tile.num_stages,
     )
     if num_splits > 1:
-        _add_splits_kernel[(cdiv(R * H, ADD_BLOCK),)](sums, out, R * H, num_splits, ADD_BLOCK)
+        launch(_add_splits_kernel, (cdiv(R * H, ADD_BLOCK),), (sums, out), (R * H,), num_splits, ADD_BLOCK)
     return out
 
 

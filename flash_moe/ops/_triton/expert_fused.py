@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flash_moe.ops._triton.launch import block_of, launch_config
 from flash_moe.ops._triton.math import activation, round_for, table_float
+from flash_moe.ops._triton.relaunch import launch
 from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
 
@@ -115,4 +116,4 @@ def _launch(tensors: tuple[Any, ...], num_experts: int, hidden_act: str) -> None
     config["BLOCK_K"] = min(config["BLOCK_K"], next_power_of_2(max(1, K)))
     for name in ("BLOCK_H", "SLICE"):
         config[name] = min(config[name], block_of(H))
-    _fused_kernel[(T, cdiv(H, config["SLICE"]))](*tensors, K, H, hidden_act, **config)
+    launch(_fused_kernel, (T, cdiv(H, config["SLICE"])), tensors, (K,), H, hidden_act, **config)

@@ -16,9 +16,9 @@ from flash_moe.ops._triton.expert import (
     expert_backward_tables,
     expert_backward_tokens,
     expert_forward,
-    group_for_rows,
     group_for_tables,
 )
+from flash_moe.ops._triton.grouping import group_by_distinct_expert
 from flash_moe.ops._triton.mlp import gated_activation_backward, gated_activation_forward
 
 Experts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -41,7 +41,7 @@ class SideStream:
     """
 
     def __init__(self, like: Tensor) -> None:
-        is_beside = like.is_cuda and (len(like) >= MIN_EAGER_TOKENS or torch.cuda.is_current_stream_capturing())
+        is_beside = like.is_cuda and (like.shape[0] >= MIN_EAGER_TOKENS or torch.cuda.is_current_stream_capturing())
         self._current = torch.cuda.current_stream(like.device) if is_beside else None
         if self._current is not None:
             self._side = _side_stream(like.device.index, self._current.cuda_stream)
@@ -111,22 +111,27 @@ def expert_mlp_backward(
     """
     x, down_weights, _, indices, _ = experts
     pre_activations, *dense_saved = saved
-    num_experts = len(down_weights)
+    num_experts = down_weights.shape[0]
     beside = SideStream(x)
     with beside:
         groups: Any = None
         if wants_tables:  # first: a chain of short launches that leave the GPU nearly idle
-            groups = (group_for_rows if sparse_grad else group_for_tables)(x, indices, num_experts)
+            if sparse_grad:
+                groups = group_by_distinct_expert(indices, num_experts)
+            else:
+                groups = group_for_tables(x, indices, num_experts)
         grouped = beside.mark()
     dx, dweights, ds, coefficients = expert_backward_tokens(grad_out, *experts, pre_activations, hidden_act)
     has_dx = beside.current_mark()
-    ids, tables = indices.new_empty(0, dtype=torch.int64), (x.new_empty(0), x.new_empty(0))
+    ids = indices.new_empty(0, dtype=torch.int64)
     beside.join(grouped)
     pairs = (grad_out, x, indices, ds, coefficients, num_experts, groups)
-    if wants_tables and sparse_grad:
+    if not wants_tables:
+        tables = [x.new_empty(0), x.new_empty(0)]
+    elif sparse_grad:
         ids, *tables = expert_backward_rows(*pairs)
-    elif wants_tables:
-        tables = expert_backward_tables(*pairs)
+    else:
+        tables = [*expert_backward_tables(*pairs)]
     del pairs, ds, coefficients  # not the groups: they are the other stream's, which would use their memory at once
     with beside:  # asked for last, so that what the experts needed is free again where all is in line
         dgate, dup, ddown_proj = _gated_backward(grad_out, dense[2], dense_saved, hidden_act, wants_dense)
@@ -144,9 +149,11 @@ def _gated_backward(
     """``dgate`` and ``dup [T, I]``, and the gradient of ``down_proj``, empty unless wanted."""
     gate, up = saved
     # Two buffers of ``[T, I]`` in all: one for the gated product, then what comes back to it, then dgate; one for dup.
-    buffer, ddown_proj = torch.empty_like(gate), down_proj.new_empty(0)
+    buffer = torch.empty_like(gate)
     if wants_dense:
         ddown_proj = torch.mm(grad_out.t(), gated_activation_forward(gate, up, hidden_act, out=buffer))
+    else:
+        ddown_proj = down_proj.new_empty(0)
     torch.mm(grad_out, down_proj, out=buffer)
     dgate, dup = gated_activation_backward(buffer, gate, up, hidden_act, out=(buffer, torch.empty_like(up)))
     return dgate, dup, ddown_proj

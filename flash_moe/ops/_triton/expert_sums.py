@@ -14,6 +14,7 @@ from torch import Tensor
 from flash_moe.ops._triton.grouping import Groups
 from flash_moe.ops._triton.launch import tile_config
 from flash_moe.ops._triton.math import round_for
+from flash_moe.ops._triton.relaunch import launch
 from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
 # On an H200 at T 4096, H 1024, bf16, K 64, E 16384 one row load at a time is as fast as several: 7.5 TB/s, counted per
@@ -111,19 +112,11 @@ def expert_sums(
     config = tile_config("expert_sums", ddown, coefficients, H)
     num_slices = cdiv(H, config["BLOCK_H"])
     arrivals = torch.zeros(num_slices, num_tiles, dtype=torch.int32, device=ddown.device)
-    _expert_sums_kernel[(num_tiles + num_groups, num_slices)](
-        hidden_states,
-        grad_out,
-        dpre_activations,
-        coefficients,
-        *groups[:3],
-        partials,
-        arrivals,
-        ddown,
-        dup,
-        H,
-        K,
-        num_tiles,
+    launch(
+        _expert_sums_kernel,
+        (num_tiles + num_groups, num_slices),
+        (hidden_states, grad_out, dpre_activations, coefficients, *groups[:3], partials, arrivals, ddown, dup),
+        (H, K, num_tiles),
         groups.first,
         hot_tile,
         **config,

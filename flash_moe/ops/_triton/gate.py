@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flash_moe.ops._triton.launch import FLOAT32_TILE, Tile
 from flash_moe.ops._triton.math import dot, round_for
+from flash_moe.ops._triton.relaunch import launch
 from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
 # A program takes few columns, and as a rule all tokens: no partial sums to combine, no counter of arrivals to clear.
@@ -349,59 +350,43 @@ def batch_norm_statistics(
         partials = mean.new_empty(num_chunks, 2, H)
         arrivals = torch.zeros(column_blocks, dtype=torch.int32, device=x.device)
     block_t = min(STATISTICS_BLOCK_T, next_power_of_2(T))
-    with torch.cuda.device_of(x):
-        _statistics_kernel[(column_blocks, num_chunks)](
-            x,
-            mean,
-            variance,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            partials,
-            arrivals,
-            T,
-            H,
-            chunk,
-            num_chunks,
-            momentum,
-            is_update,
-            next_power_of_2(num_chunks),
-            block_t,
-            STATISTICS_BLOCK_H,
-            max(1, STATISTICS_STAGES * 2 // x.element_size()),
-            num_warps=max(1, STATISTICS_WARPS * block_t // STATISTICS_BLOCK_T),
-        )
+    launch(
+        _statistics_kernel,
+        (column_blocks, num_chunks),
+        (x, mean, variance, running_mean, running_var, num_batches_tracked, partials, arrivals),
+        (T, H, chunk, num_chunks, momentum),
+        is_update,
+        next_power_of_2(num_chunks),
+        block_t,
+        STATISTICS_BLOCK_H,
+        max(1, STATISTICS_STAGES * 2 // x.element_size()),
+        num_warps=max(1, STATISTICS_WARPS * block_t // STATISTICS_BLOCK_T),
+    )
     return mean, variance
 
 
 def gate_forward(x: Tensor, weight: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
     (T, H), (C, _) = x.shape, weight.shape
     logits = x.new_empty(T, C)
-    with torch.cuda.device_of(x):
-        if T <= FEW_TOKENS:
-            block_c = max(2, next_power_of_2(T) // 2)
-            block_h = min(FEW_BLOCK_H, next_power_of_2(H))
-            _few_fwd_kernel[(cdiv(C, block_c), T)](
-                x, weight, mean, variance, logits, T, H, C, eps, block_c, block_h, num_warps=FEW_WARPS
-            )
-        else:
-            tile = _tile(FORWARD_TILES, x, T, C)
-            _fwd_kernel[(_num_programs(tile, T, C),)](
-                x,
-                weight,
-                mean,
-                variance,
-                logits,
-                T,
-                H,
-                C,
-                eps,
-                tile.rows,
-                tile.columns,
-                tile.depth,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-            )
+    tensors = (x, weight, mean, variance, logits)
+    if T <= FEW_TOKENS:
+        block_c = max(2, next_power_of_2(T) // 2)
+        block_h = min(FEW_BLOCK_H, next_power_of_2(H))
+        grid = (cdiv(C, block_c), T)
+        launch(_few_fwd_kernel, grid, tensors, (T, H, C, eps), block_c, block_h, num_warps=FEW_WARPS)
+    else:
+        tile = _tile(FORWARD_TILES, x, T, C)
+        launch(
+            _fwd_kernel,
+            (_num_programs(tile, T, C),),
+            tensors,
+            (T, H, C, eps),
+            tile.rows,
+            tile.columns,
+            tile.depth,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
     return logits
 
 
@@ -419,9 +404,8 @@ def gate_backward(
 
     With ``is_batch`` mean and variance are those of x, and the gradient goes through them as well.
     """
-    with torch.cuda.device_of(x):
-        dweight, shift = gate_backward_weight(grad_logits, x, weight, mean, variance, eps, is_batch)
-        dx = gate_backward_tokens(grad_logits, x, weight, mean, variance, eps, shift, grad_residual)
+    dweight, shift = gate_backward_weight(grad_logits, x, weight, mean, variance, eps, is_batch)
+    dx = gate_backward_tokens(grad_logits, x, weight, mean, variance, eps, shift, grad_residual)
     return dx, dweight
 
 
@@ -440,34 +424,22 @@ def gate_backward_weight(
     partials = torch.empty(num_splits, C, H, dtype=torch.float32, device=x.device)
     logit_sums = partials.new_empty(num_sums, C) if is_batch else None
     shift = partials.new_empty(2, H) if is_batch else None
-    _dweight_kernel[(num_programs, num_splits)](
-        grad_logits,
-        x,
-        mean,
-        variance,
-        partials,
-        logit_sums,
-        T,
-        H,
-        C,
-        split,
-        eps,
+    launch(
+        _dweight_kernel,
+        (num_programs, num_splits),
+        (grad_logits, x, mean, variance, partials, logit_sums),
+        (T, H, C, split, eps),
         tile.rows,
         tile.columns,
         tile.depth,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    _add_splits_kernel[(cdiv(H, ADD_BLOCK_H),)](
-        partials,
-        logit_sums,
-        weight,
-        dweight,
-        shift,
-        T,
-        H,
-        C,
-        num_sums,
+    launch(
+        _add_splits_kernel,
+        (cdiv(H, ADD_BLOCK_H),),
+        (partials, logit_sums, weight, dweight, shift),
+        (T, H, C, num_sums),
         num_splits,
         ADD_BLOCK_C,
         ADD_BLOCK_H,
@@ -490,19 +462,11 @@ def gate_backward_tokens(
     (T, H), (C, _) = x.shape, weight.shape
     tile = _tile(DX_TILES, x, T, H)
     dx = torch.empty_like(x)
-    _dx_kernel[(_num_programs(tile, T, H),)](
-        grad_logits,
-        x,
-        weight,
-        mean,
-        variance,
-        shift,
-        grad_residual,
-        dx,
-        T,
-        H,
-        C,
-        eps,
+    launch(
+        _dx_kernel,
+        (_num_programs(tile, T, H),),
+        (grad_logits, x, weight, mean, variance, shift, grad_residual, dx),
+        (T, H, C, eps),
         tile.rows,
         tile.columns,
         tile.depth,

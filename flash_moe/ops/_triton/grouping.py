@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_moe.ops._triton.relaunch import launch
 from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
 # Up to here one program sorts all pairs in one launch.
@@ -113,7 +114,7 @@ def sort_tile(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, int]:
     if P > 0:
         block = max(128, next_power_of_2(P))  # few sizes: each compiles once
         is_wide = num_experts * block > 2**31
-        _sort_tile_kernel[(1,)](indices, keys, order, P, is_wide, block, num_warps=block // 128)
+        launch(_sort_tile_kernel, (1,), (indices, keys, order), (P,), is_wide, block, num_warps=block // 128)
     return keys, order, 0
 
 
@@ -138,7 +139,7 @@ def group_by_expert(indices: Tensor, num_experts: int) -> Groups:
     keys, order, first = sort_pairs(indices, num_experts)
     P, offsets = indices.numel(), torch.empty(num_experts + 1, dtype=torch.int32, device=indices.device)
     grid = (cdiv(num_experts + 1, BLOCK),)
-    _offsets_kernel[grid](keys, offsets, P, num_experts, first_stride(P), first, BLOCK, NUM_PROBES)
+    launch(_offsets_kernel, grid, (keys, offsets), (P, num_experts, first_stride(P)), first, BLOCK, NUM_PROBES)
     return Groups(keys, order, offsets, first)
 
 
@@ -158,5 +159,6 @@ def group_by_distinct_expert(indices: Tensor, num_experts: int) -> tuple[Groups,
     ids = torch.empty(G, dtype=torch.int64, device=indices.device)
     if G > 0:
         grid = (cdiv(G + 1, BLOCK),)
-        _distinct_kernel[grid](numbers, keys, offsets, ids, P, G, first_stride(P), first, BLOCK, NUM_PROBES)
+        tensors = (numbers, keys, offsets, ids)
+        launch(_distinct_kernel, grid, tensors, (P, G, first_stride(P)), first, BLOCK, NUM_PROBES)
     return Groups(numbers, order, offsets, 1), ids

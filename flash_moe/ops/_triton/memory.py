@@ -3,11 +3,11 @@
 R rows of H elements; T sums of K rows each. They compute something only so that nothing is optimised away.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_moe.ops._triton.relaunch import launch
 from flash_moe.ops._triton.sizes import cdiv
 
 # (elements a program reads, elements at a time, warps): small programs spread a small buffer over the chip, large ones
@@ -44,8 +44,7 @@ def read_once(data: Tensor, config: tuple[int, int, int]) -> Tensor:
     chunk, block, num_warps = config
     num_programs = cdiv(data.numel(), chunk)
     sums = data.new_empty(num_programs)
-    with torch.cuda.device_of(data):
-        _read_once_kernel[(num_programs,)](data, sums, data.numel(), chunk, block, num_warps=num_warps)
+    launch(_read_once_kernel, (num_programs,), (data, sums), (data.numel(),), chunk, block, num_warps=num_warps)
     return sums
 
 
@@ -56,6 +55,5 @@ def sum_rows(table: Tensor, indices: Tensor, config: tuple[int, int, int]) -> Te
     out = table.new_empty(T, H)
     # Tokens first: all take their sums over one slice of columns before the next, which helps a cache to hold it.
     grid = (T, cdiv(H, block_h))
-    with torch.cuda.device_of(table):
-        _sum_rows_kernel[grid](table, indices, out, H, K, block_k, block_h, num_warps=num_warps)
+    launch(_sum_rows_kernel, grid, (table, indices, out), (H, K), block_k, block_h, num_warps=num_warps)
     return out

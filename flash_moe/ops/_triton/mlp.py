@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flash_moe.ops._triton.launch import launch_config
 from flash_moe.ops._triton.math import activation, activation_grad, round_for
+from flash_moe.ops._triton.relaunch import launch
 from flash_moe.ops._triton.sizes import cdiv
 
 
@@ -36,8 +37,7 @@ def gated_activation_forward(gate: Tensor, up: Tensor, hidden_act: str, out: Ten
     out = torch.empty_like(gate) if out is None else out
     numel = gate.numel()
     config = launch_config("gated_forward", gate.device, (numel,))
-    with torch.cuda.device_of(gate):
-        _gated_fwd_kernel[(cdiv(numel, config["BLOCK"]),)](gate, up, out, numel, hidden_act, **config)
+    launch(_gated_fwd_kernel, (cdiv(numel, config["BLOCK"]),), (gate, up, out), (numel,), hidden_act, **config)
     return out
 
 
@@ -49,6 +49,5 @@ def gated_activation_backward(
     numel = gate.numel()
     config = launch_config("gated_backward", gate.device, (numel,))
     grid = (cdiv(numel, config["BLOCK"]),)
-    with torch.cuda.device_of(gate):
-        _gated_bwd_kernel[grid](grad_out, gate, up, dgate, dup, numel, hidden_act, **config)
+    launch(_gated_bwd_kernel, grid, (grad_out, gate, up, dgate, dup), (numel,), hidden_act, **config)
     return dgate, dup

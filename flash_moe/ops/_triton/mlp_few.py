@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flash_moe.ops._triton.launch import block_of
 from flash_moe.ops._triton.math import activation, round_for
+from flash_moe.ops._triton.relaunch import launch
 from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
 # On an H200 4 tokens take 52 us in the layer this way, and 38 through tensor cores.
@@ -70,7 +71,5 @@ def _launch(
     (T, H), N = x.shape, weight.shape[0]
     block_t = next_power_of_2(max(1, T))
     block_h = min(config["BLOCK_H"] // block_t, block_of(H))
-    with torch.cuda.device_of(x):
-        _product_kernel[(cdiv(N, config["BLOCK_N"]),)](
-            x, weight, up, out, T, H, N, hidden_act, BLOCK_T=block_t, **{**config, "BLOCK_H": block_h}
-        )
+    constants = {**config, "HIDDEN_ACT": hidden_act, "BLOCK_T": block_t, "BLOCK_H": block_h}
+    launch(_product_kernel, (cdiv(N, config["BLOCK_N"]),), (x, weight, up, out), (T, H, N), **constants)

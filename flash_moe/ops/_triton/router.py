@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_moe.ops._triton.math import accurate_exp, round_for
+from flash_moe.ops._triton.relaunch import launch
 from flash_moe.ops._triton.router_keys import (
     LOWEST,
     PADDING,
@@ -595,32 +596,25 @@ def _forward(router_logits: Tensor, scores: Tensor, log_sums: Tensor, output: in
     (_, T, N), K = router_logits.shape, scores.shape[1]
     indices = torch.empty_like(scores, dtype=torch.int64)
     if takes_lanes(T, N, K):
-        with torch.cuda.device_of(router_logits):
-            forward_by_lanes(router_logits, scores, indices, log_sums, output)
+        forward_by_lanes(router_logits, scores, indices, log_sums, output)
         return indices
     meta, num_warps, registers = _shape_forward(N, K)
     is_16_bit = router_logits.dtype != torch.float32
     scratch = torch.empty(T, meta["SCRATCH"], dtype=torch.float32, device=router_logits.device)
     # The interpreter has no registers to limit.
     limit = {"maxnreg": registers} if router_logits.is_cuda else {}
-    with torch.cuda.device_of(router_logits):
-        _router_fwd_kernel[(T,)](
-            router_logits,
-            scratch,
-            scores,
-            indices,
-            log_sums,
-            *router_logits.stride()[:2],
-            T,
-            N,
-            K,
-            **meta,
-            VECTOR=0 if is_16_bit else FLOATS_PER_LANE,
-            EXPECTS_TIES=is_16_bit,
-            OUTPUT=output,
-            num_warps=num_warps,
-            **limit,
-        )
+    launch(
+        _router_fwd_kernel,
+        (T,),
+        (router_logits, scratch, scores, indices, log_sums),
+        (*router_logits.stride()[:2], T, N, K),
+        **meta,
+        VECTOR=0 if is_16_bit else FLOATS_PER_LANE,
+        EXPECTS_TIES=is_16_bit,
+        OUTPUT=output,
+        num_warps=num_warps,
+        **limit,
+    )
     return indices
 
 
@@ -695,11 +689,10 @@ def _backward(
     k_pow2 = max(2, next_power_of_2(K))
     tensors = grad_out, weights, indices, router_logits, log_sums, grad_logits
     sizes = *grad_logits.stride()[:2], T, N, K
-    with torch.cuda.device_of(grad_out):
-        if k_pow2 <= MAX_ALL_PAIRS:
-            block_t = min(MAX_BLOCK_T, MAX_ALL_PAIRS // k_pow2)
-            grid = (cdiv(T, block_t),)
-            _router_bwd_pairs_kernel[grid](*tensors, *sizes, block_t, block_n, k_pow2, output, num_warps=1)
-        else:
-            num_warps = max(1, k_pow2 // KEYS_PER_WARP)
-            _router_bwd_kernel[(T, 2)](*tensors, *sizes, block_n, k_pow2, output, num_warps=num_warps)
+    if k_pow2 <= MAX_ALL_PAIRS:
+        block_t = min(MAX_BLOCK_T, MAX_ALL_PAIRS // k_pow2)
+        grid = (cdiv(T, block_t),)
+        launch(_router_bwd_pairs_kernel, grid, tensors, sizes, block_t, block_n, k_pow2, output, num_warps=1)
+    else:
+        num_warps = max(1, k_pow2 // KEYS_PER_WARP)
+        launch(_router_bwd_kernel, (T, 2), tensors, sizes, block_n, k_pow2, output, num_warps=num_warps)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_moe.ops._triton.math import round_for
+from flash_moe.ops._triton.relaunch import launch
 from flash_moe.ops._triton.router_keys import (
     LOWEST,
     PADDING,
@@ -364,14 +365,11 @@ def forward_by_lanes(router_logits: Tensor, scores: Tensor, indices: Tensor, log
     """Fills ``scores`` and ``indices [T, K]``, and ``log_sums [2, T]`` where the output is probabilities."""
     (_, T, N), K = router_logits.shape, scores.shape[1]
     ranks = _ranks(K)
-    _router_lanes_kernel[(cdiv(T, BLOCK_T),)](
-        router_logits,
-        scores,
-        indices,
-        log_sums,
-        *router_logits.stride()[:2],
-        T,
-        N,
+    launch(
+        _router_lanes_kernel,
+        (cdiv(T, BLOCK_T),),
+        (router_logits, scores, indices, log_sums),
+        (*router_logits.stride()[:2], T, N),
         K=K,
         R=ranks,
         LOG_N=next_power_of_2(N).bit_length() - 1,
