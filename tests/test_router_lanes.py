@@ -16,13 +16,13 @@ SHAPES = [(1, 9, 1), (5, 20, 2), (3, 16, 16), (3, 33, 12), (34, 40, 8), (2, 72, 
 
 @pytest.fixture(autouse=True)
 def _lanes_from_one_token_on(monkeypatch):
-    monkeypatch.setattr(router_lanes, "MIN_TOKENS", 1)
+    monkeypatch.setattr(router_lanes, "MIN_TOKENS", {2: 1, 4: 1})
 
 
 def assert_same_as_reference(logits: Tensor, K: int) -> None:
     """A float32 or 16-bit sum has the same bits wherever it is made, so all of it is equal."""
     N = logits.shape[2]
-    assert router_lanes.takes_lanes(logits.shape[1], N, K)
+    assert router_lanes.takes_lanes(logits, K)
     scores, indices = flash_router(logits, N, K, backend="triton")
     want_scores, want_indices = flash_router(logits, N, K, backend="reference")
     assert torch.equal(indices, want_indices)
@@ -116,12 +116,17 @@ def test_logits_as_a_gate_product_has_them_and_nothing_beside_them(device):
 
 
 def test_which_sizes_it_takes(monkeypatch):
-    monkeypatch.setattr(router_lanes, "MIN_TOKENS", 8192)
-    assert router_lanes.takes_lanes(8192, 128, 16)
-    assert not router_lanes.takes_lanes(8191, 128, 16)
-    assert not router_lanes.takes_lanes(8192, 128, 17)
-    assert not router_lanes.takes_lanes(8192, 513, 16)
-    assert not router_lanes.takes_lanes(8192, 15, 16)
+    monkeypatch.setattr(router_lanes, "MIN_TOKENS", {2: 3, 4: 5})
+
+    def takes(T, N, K, dtype):
+        return router_lanes.takes_lanes(torch.empty(2, T, N, dtype=dtype), K)
+
+    assert takes(5, 16, 16, torch.float32)
+    assert not takes(4, 16, 16, torch.float32)
+    assert takes(3, 512, 1, torch.bfloat16)
+    assert not takes(3, 513, 1, torch.bfloat16)
+    assert not takes(9, 128, 17, torch.float32)
+    assert not takes(9, 15, 9, torch.float32)
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
 """Product router: exact top K of N * N sums of two scores, optionally as routing weights, and its backward.
 
 T tokens, N keys a half, K experts per token, R ranks kept of each half (the next power of two of min(K, N)). A program
-serves one token, in three steps:
+serves one token, in three steps (many tokens with few experts each go to `router_lanes.py`, which does the same):
   rank       The R best logits of each half, in order, go to scratch memory: score and id.
   threshold  The K best sums lie among the pairs of ranks with (i + 1) * (j + 1) <= K. 2 * A sorted lists cover these,
              A about sqrt(K): list i < A is row rank i with the columns, list A + j column rank j with the rows from A
@@ -595,7 +595,7 @@ def routing_forward(
 def _forward(router_logits: Tensor, scores: Tensor, log_sums: Tensor, output: int) -> Tensor:
     (_, T, N), K = router_logits.shape, scores.shape[1]
     indices = torch.empty_like(scores, dtype=torch.int64)
-    if takes_lanes(T, N, K):
+    if takes_lanes(router_logits, K):
         forward_by_lanes(router_logits, scores, indices, log_sums, output)
         return indices
     meta, num_warps, registers = _shape_forward(N, K)
