@@ -9,8 +9,8 @@ from flash_moe.ops._triton.expert_mlp import Dense, SideStream
 from flash_moe.ops._triton.expert_plan import FORWARD, FUSED, variant_for
 from flash_moe.ops._triton.gate import gate_forward
 from flash_moe.ops._triton.layer_few import FewTokens, Weights, few_tokens_like, layer_few, takes
-from flash_moe.ops._triton.mlp import gated_activation_forward
 from flash_moe.ops._triton.mlp_few import MAX_FEW_TOKENS, few_tokens_mlp
+from flash_moe.ops._triton.mlp_fused import gated_product_forward
 from flash_moe.ops._triton.router import routing_forward
 
 Gate = tuple[Tensor, Tensor, Tensor, float]
@@ -32,7 +32,7 @@ def layer_inference(
     is_few = len(x) <= MAX_FEW_TOKENS
     beside = SideStream(x)
     with beside:
-        dense_sums = few_tokens_mlp(x, *dense, hidden_act) if is_few else _activated(x, dense, hidden_act)
+        dense_sums = few_tokens_mlp(x, *dense, hidden_act) if is_few else gated_product_forward(x, *dense[:2], hidden_act)
     logits = gate_forward(x, *gate)
     by_half = logits.view(len(x), 2, -1).transpose(0, 1)
     weights, indices, _ = routing_forward(by_half, num_experts_per_tok, norm_topk_prob)
@@ -58,8 +58,3 @@ def one_launch(
         return None
     return few_tokens_like(x, gate, dense, num_experts_per_tok, norm_topk_prob, hidden_act)
 
-
-def _activated(x: Tensor, dense: Dense, hidden_act: str) -> Tensor:
-    """What the MLP's last product takes, ``[T, I]``."""
-    gate, up = torch.mm(x, dense[0].t()), torch.mm(x, dense[1].t())
-    return gated_activation_forward(gate, up, hidden_act, out=gate)
