@@ -124,7 +124,9 @@ def test_layouts_without_a_descriptor_take_the_other_way(which, change, fused, d
 
 
 @pytest.mark.parametrize(
-    "T, H, I, dtype", [(0, 16, 24, HALVES[1]), (9, 12, 24, HALVES[1]), (9, 16, 20, HALVES[0]), (9, 16, 24, torch.float32)]
+    "T, H, I, dtype",
+    [(0, 16, 24, HALVES[1]), (9, 12, 24, HALVES[1]), (9, 16, 20, HALVES[0]), (9, 16, 24, torch.float32)],
+    ids=str,
 )
 def test_sizes_and_dtypes_without_a_descriptor_take_the_other_way(T, H, I, dtype, fused, device):
     inputs, dout = make_mlp_inputs(T, H, I, dtype, device)

@@ -1,6 +1,5 @@
 """The layer without gradients: the dense MLP beside router and experts, which one or two tokens take in one launch."""
 
-import torch
 from torch import Tensor
 
 from flash_moe.ops._triton.expert import expert_forward
@@ -32,7 +31,10 @@ def layer_inference(
     is_few = len(x) <= MAX_FEW_TOKENS
     beside = SideStream(x)
     with beside:
-        dense_sums = few_tokens_mlp(x, *dense, hidden_act) if is_few else gated_product_forward(x, *dense[:2], hidden_act)
+        if is_few:
+            dense_sums = few_tokens_mlp(x, *dense, hidden_act)
+        else:
+            activated = gated_product_forward(x, *dense[:2], hidden_act)
     logits = gate_forward(x, *gate)
     by_half = logits.view(len(x), 2, -1).transpose(0, 1)
     weights, indices, _ = routing_forward(by_half, num_experts_per_tok, norm_topk_prob)
@@ -46,7 +48,7 @@ def layer_inference(
     if is_few:
         out += dense_sums
     else:
-        out.addmm_(dense_sums, dense[2].t())
+        out.addmm_(activated, dense[2].t())
     return out, by_half, indices
 
 
@@ -57,4 +59,3 @@ def one_launch(
     if not takes(x.shape[0], gate[0].shape[0] // 2, num_experts_per_tok):
         return None
     return few_tokens_like(x, gate, dense, num_experts_per_tok, norm_topk_prob, hidden_act)
-

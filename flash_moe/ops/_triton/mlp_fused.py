@@ -111,7 +111,7 @@ def gated_product_forward(
 
 
 def takes(x: Tensor, gate_proj: Tensor, up_proj: Tensor) -> bool:
-    """Whether one launch does it: many tokens, 16-bit floats, a GPU it is made for, tensors as descriptors want them."""
+    """Whether one launch does it: many tokens of 16-bit floats, a GPU it is made for, layouts that descriptors have."""
     if x.shape[0] < MIN_TOKENS or x.dtype not in (torch.float16, torch.bfloat16) or not _is_made_for(x.device):
         return False
     row_length = ALIGNMENT // x.element_size()

@@ -64,6 +64,7 @@ def launch(
     addresses: list[int | TensorDescriptor | None] = []
     dtypes: list[Any] = []
     bits = 0
+    tensor: Any
     for tensor in tensors:
         if tensor is None:
             addresses.append(None)
