@@ -143,6 +143,15 @@ def test_few_tokens_take_the_other_way(fused, device, monkeypatch):
     assert len(fused) == 1
 
 
+def test_tuning_what_runs_elsewhere_takes_the_other_way(fused, device):
+    """On any GPU: the backward pass needs those kernels on all of them."""
+    tensors = first_products(9, 16, 24, torch.bfloat16, device)
+    with launch.use_config("gated_forward", None) as asked:
+        mlp_fused.gated_product_forward(*tensors, "silu")
+    assert asked == {(9 * 24,)}
+    assert not fused
+
+
 @pytest.mark.parametrize("wanted", range(3), ids=["x", "gate_proj", "up_proj"])
 def test_graphs_traced_without_gradients_give_the_same(wanted, fused, device):
     tensors = first_products(9, 16, 24, torch.bfloat16, device)

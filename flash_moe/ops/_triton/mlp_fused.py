@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flash_moe.ops._triton.launch import Tile
+from flash_moe.ops._triton.launch import Tile, is_forced
 from flash_moe.ops._triton.math import activation, dot, rounded
 from flash_moe.ops._triton.mlp import gated_activation_forward
 from flash_moe.ops._triton.relaunch import ALIGNMENT, launch
@@ -119,6 +119,7 @@ def takes(x: Tensor, gate_proj: Tensor, up_proj: Tensor) -> bool:
         all(size > 0 and size % row_length == 0 for size in gate_proj.shape)
         and all(y.is_contiguous() and y.data_ptr() % ALIGNMENT == 0 for y in (x, gate_proj, up_proj))
         and x.dtype == gate_proj.dtype == up_proj.dtype
+        and not is_forced("gated_forward")
     )
 
 
