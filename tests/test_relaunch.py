@@ -53,6 +53,16 @@ def test_second_launch_takes_its_own_addresses_numbers_and_grid(kernel):
     assert kernel.counts() == (1, 2)
 
 
+def test_descriptors_go_to_tritons_launcher_as_they_are(kernel):
+    """It encodes them. Another dtype compiles to other code, other sizes do not."""
+    for i, (tensor, width) in enumerate(((ALIGNED, 8), (ALIGNED, 8), (ALIGNED[:4], 4), (ALIGNED.half(), 8))):
+        descriptor = relaunch.TensorDescriptor(tensor, [1, width], [8, 1], [1, 8])
+        relaunch.launch(kernel, (3,), (descriptor, None), (7, 0.5), 5, SIZE=9)
+        assert kernel.counts() == ((1, i) if i < 3 else (2, 2))
+        last = kernel.past_triton[-1] if 0 < i < 3 else kernel.through_triton[-1][1]
+        assert any(argument is descriptor for argument in last)
+
+
 @pytest.mark.parametrize(
     "change",
     [

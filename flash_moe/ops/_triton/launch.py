@@ -105,6 +105,11 @@ def use_config(kernel: str, config: Config | None) -> Iterator[set[Sizes]]:
             _forced[kernel] = before
 
 
+def is_forced(kernel: str) -> bool:
+    """Whether this runs within ``use_config`` of ``kernel``: a pass that can do without it must not, then."""
+    return kernel in _forced
+
+
 def table_name(gpu: str) -> str:
     """The name of the table of a GPU: ``NVIDIA H200`` has ``nvidia_h200``."""
     return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_")

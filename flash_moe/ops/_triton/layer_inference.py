@@ -1,6 +1,5 @@
 """The layer without gradients: the dense MLP beside router and experts, which one or two tokens take in one launch."""
 
-import torch
 from torch import Tensor
 
 from flash_moe.ops._triton.expert import expert_forward
@@ -9,8 +8,8 @@ from flash_moe.ops._triton.expert_mlp import Dense, SideStream
 from flash_moe.ops._triton.expert_plan import FORWARD, FUSED, variant_for
 from flash_moe.ops._triton.gate import gate_forward
 from flash_moe.ops._triton.layer_few import FewTokens, Weights, few_tokens_like, layer_few, takes
-from flash_moe.ops._triton.mlp import gated_activation_forward
 from flash_moe.ops._triton.mlp_few import MAX_FEW_TOKENS, few_tokens_mlp
+from flash_moe.ops._triton.mlp_fused import gated_product_forward
 from flash_moe.ops._triton.router import routing_forward
 
 Gate = tuple[Tensor, Tensor, Tensor, float]
@@ -32,7 +31,10 @@ def layer_inference(
     is_few = len(x) <= MAX_FEW_TOKENS
     beside = SideStream(x)
     with beside:
-        dense_sums = few_tokens_mlp(x, *dense, hidden_act) if is_few else _activated(x, dense, hidden_act)
+        if is_few:
+            dense_sums = few_tokens_mlp(x, *dense, hidden_act)
+        else:
+            activated = gated_product_forward(x, *dense[:2], hidden_act)
     logits = gate_forward(x, *gate)
     by_half = logits.view(len(x), 2, -1).transpose(0, 1)
     weights, indices, _ = routing_forward(by_half, num_experts_per_tok, norm_topk_prob)
@@ -46,7 +48,7 @@ def layer_inference(
     if is_few:
         out += dense_sums
     else:
-        out.addmm_(dense_sums, dense[2].t())
+        out.addmm_(activated, dense[2].t())
     return out, by_half, indices
 
 
@@ -57,9 +59,3 @@ def one_launch(
     if not takes(x.shape[0], gate[0].shape[0] // 2, num_experts_per_tok):
         return None
     return few_tokens_like(x, gate, dense, num_experts_per_tok, norm_topk_prob, hidden_act)
-
-
-def _activated(x: Tensor, dense: Dense, hidden_act: str) -> Tensor:
-    """What the MLP's last product takes, ``[T, I]``."""
-    gate, up = torch.mm(x, dense[0].t()), torch.mm(x, dense[1].t())
-    return gated_activation_forward(gate, up, hidden_act, out=gate)

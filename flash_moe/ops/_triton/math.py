@@ -7,17 +7,23 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def round_for(ptr, x):
-    """float32 ``x`` in the dtype that ``ptr`` points to, rounded to nearest even, for a store.
+def rounded(x, dtype: tl.constexpr):
+    """float32 ``x`` in ``dtype``, rounded to nearest even, for a store.
 
     On a GPU a store rounds so by itself; the interpreter of triton 3.7.1 cuts bfloat16 off. Drop when it rounds:
     https://github.com/triton-lang/triton/pull/3811
     """
-    if INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
-    return x.to(ptr.dtype.element_ty)
+    return x.to(dtype)
+
+
+@triton.jit
+def round_for(ptr, x):
+    """``rounded`` in the dtype that ``ptr`` points to."""
+    return rounded(x, ptr.dtype.element_ty)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 ALIGNMENT = 16
 # Far more than a process's models have kinds of launches; a bound only so that they cannot fill the memory.
@@ -40,7 +41,7 @@ _remembered: dict[tuple[Any, ...], _Compiled] = {}
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    tensors: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | TensorDescriptor | None],
     numbers: tuple[float, ...],
     *constants: Any,
     **named: Any,
@@ -48,23 +49,29 @@ def launch(
     """``kernel[grid](*tensors, *numbers, *constants, **named)`` on the tensors' device and its current stream.
 
     Args:
-        tensors: all on the device of the first; which are None may differ from call to call.
+        tensors: all on the device of the first; which are None may differ from call to call. Of a descriptor's blocks
+            the constants tell the shape.
         numbers: what the kernel takes as such. Others of the same kind compile nothing: integers that are 1, that are
             multiples of 16, that need 64 bits.
         constants, named: what it is compiled for, in its order or by name, and Triton's options.
     """
-    index = tensors[0].get_device()  # type: ignore[union-attr]  # the first is a tensor
+    first: Any = tensors[0]
+    index = (first.base if type(first) is TensorDescriptor else first).get_device()
     if index >= 0 and index != torch.cuda.current_device():
         with torch.cuda.device(index):
             launch(kernel, grid, tensors, numbers, *constants, **named)
         return
-    addresses: list[int | None] = []
-    dtypes: list[torch.dtype | None] = []
+    addresses: list[int | TensorDescriptor | None] = []
+    dtypes: list[Any] = []
     bits = 0
+    tensor: Any
     for tensor in tensors:
         if tensor is None:
             addresses.append(None)
             dtypes.append(None)
+        elif type(tensor) is TensorDescriptor:  # aligned, and encoded by Triton's launcher
+            addresses.append(tensor)
+            dtypes.append((TensorDescriptor, tensor.base.dtype))
         else:
             address = tensor.data_ptr()
             addresses.append(address)
