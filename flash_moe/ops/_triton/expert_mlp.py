@@ -20,7 +20,6 @@ from flash_moe.ops._triton.expert import (
 )
 from flash_moe.ops._triton.grouping import group_by_distinct_expert
 from flash_moe.ops._triton.mlp import gated_activation_backward, gated_activation_forward
-from flash_moe.ops._triton.mlp_fused import gated_product_forward
 
 Experts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Tokens, down and up table, indices and routing weights."""
@@ -87,7 +86,9 @@ def expert_mlp_forward(experts: Experts, dense: Dense, hidden_act: str) -> tuple
     gate, up, activated = (x.new_empty(x.shape[0], gate_proj.shape[0]) for _ in range(3))
     beside = SideStream(x)
     with beside:
-        gated_product_forward(x, gate_proj, up_proj, hidden_act, activated, (gate, up))
+        torch.mm(x, gate_proj.t(), out=gate)
+        torch.mm(x, up_proj.t(), out=up)
+        gated_activation_forward(gate, up, hidden_act, out=activated)
     out, pre_activations = expert_forward(*experts, hidden_act)
     beside.join()
     out.addmm_(activated, down_proj.t())

@@ -1,8 +1,8 @@
 """The gated MLP up to its last product in one launch, act(x gate_proj^T) * (x up_proj^T), on Hopper's tensor cores.
 
-T tokens, H hidden size, I intermediate size; contiguous x [T, H], gate_proj and up_proj [I, H], all else [T, I]. Both
-products take the same rows of x, which are fetched once, and their float32 sums meet in registers: gate and up are
-rounded only where they are kept for a backward pass, and their product is that of the sums themselves.
+T tokens, H hidden size, I intermediate size; contiguous x [T, H], gate_proj and up_proj [I, H], out [T, I]. Both
+products take the same rows of x, which are fetched once, and their float32 sums meet in registers: only their product
+is rounded. There is no gradient: for one, gate and up would have to be kept, and that takes as long as two products.
 
 Tiles come and go by tensor descriptors: the hardware makes the addresses, reads zeros beyond an edge and writes nothing
 there, so that sizes need not be multiples of a tile.
@@ -29,8 +29,8 @@ TILE = Tile(128, 64, 64, 8, 3)
 PROGRAMS_PER_SM = 2
 # Tiles of so many rows go one after another down a column: weights of a wave of programs stay in the L2 cache.
 GROUP = 8
-# Below, tiles are too few to fill the GPU, and the host's time for the descriptors shows. To be measured: 1024 gain.
-MIN_TOKENS = 512
+# With 128 tokens it takes as long as three kernels.
+MIN_TOKENS = 256
 # Compute capability. Only there have these tiles been measured; tensor cores of others want their operands otherwise.
 HOPPER = (9, 0)
 
@@ -41,8 +41,6 @@ def _gated_product_kernel(
     gate_proj_desc,
     up_proj_desc,
     out_desc,
-    gate_desc,
-    up_desc,
     T,
     H,
     I,
@@ -52,7 +50,6 @@ def _gated_product_kernel(
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """out, and gate and up as well where there are descriptors of them."""
     num_rows, num_columns = tl.cdiv(T, BLOCK_T), tl.cdiv(I, BLOCK_I)
     for tile in tl.range(tl.program_id(0), num_rows * num_columns, tl.num_programs(0)):
         group = tile // (GROUP * num_columns)
@@ -63,41 +60,27 @@ def _gated_product_kernel(
         gate = tl.zeros([BLOCK_T, BLOCK_I], tl.float32)
         up = tl.zeros([BLOCK_T, BLOCK_I], tl.float32)
         for h in tl.range(0, H, BLOCK_H):
-            x = x_desc.load([t, h])
-            gate = dot(x, gate_proj_desc.load([i, h]).T, gate)
-            up = dot(x, up_proj_desc.load([i, h]).T, up)
-        if gate_desc is not None:
-            gate_desc.store([t, i], rounded(gate, gate_desc.dtype))
-            up_desc.store([t, i], rounded(up, up_desc.dtype))
+            # All three before the first product: one barrier waits for them.
+            x, gate_proj, up_proj = x_desc.load([t, h]), gate_proj_desc.load([i, h]), up_proj_desc.load([i, h])
+            gate = dot(x, gate_proj.T, gate)
+            up = dot(x, up_proj.T, up)
         out_desc.store([t, i], rounded(activation(gate, HIDDEN_ACT) * up, out_desc.dtype))
 
 
-def gated_product_forward(
-    x: Tensor,
-    gate_proj: Tensor,
-    up_proj: Tensor,
-    hidden_act: str,
-    out: Tensor | None = None,
-    kept: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """act(gate) * up ``[T, I]``, in ``out`` if given; gate and up themselves go to ``kept``, both contiguous."""
+def gated_product_forward(x: Tensor, gate_proj: Tensor, up_proj: Tensor, hidden_act: str) -> Tensor:
+    """``[T, I]``."""
     (T, H), I = x.shape, gate_proj.shape[0]
-    out = x.new_empty(T, I) if out is None else out
     if not takes(x, gate_proj, up_proj):
-        gate, up = (out, torch.empty_like(out)) if kept is None else kept
-        torch.mm(x, gate_proj.t(), out=gate)
-        torch.mm(x, up_proj.t(), out=up)
-        return gated_activation_forward(gate, up, hidden_act, out=out)
+        gate, up = torch.mm(x, gate_proj.t()), torch.mm(x, up_proj.t())
+        return gated_activation_forward(gate, up, hidden_act, out=gate)
+    out = x.new_empty(T, I)
     tokens = TensorDescriptor(x, [T, H], [H, 1], [TILE.rows, TILE.depth])
     weights = (TensorDescriptor(w, [I, H], [H, 1], [TILE.columns, TILE.depth]) for w in (gate_proj, up_proj))
-    results = (
-        None if y is None else TensorDescriptor(y, [T, I], [I, 1], [TILE.rows, TILE.columns])
-        for y in (out, *(kept or (None, None)))
-    )
+    result = TensorDescriptor(out, [T, I], [I, 1], [TILE.rows, TILE.columns])
     launch(
         _gated_product_kernel,
         (min(cdiv(T, TILE.rows) * cdiv(I, TILE.columns), _num_programs(x.device)),),
-        (tokens, *weights, *results),
+        (tokens, *weights, result),
         (T, H, I),
         hidden_act,
         TILE.rows,
