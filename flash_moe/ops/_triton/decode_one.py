@@ -45,8 +45,9 @@ LAUNCHES, ROUTED, DONE, FLAG = (tl.constexpr(i) for i in range(4))
 NUM_COUNTERS = 4
 # In a key with an id.
 ID_MASK = tl.constexpr(8191)
-# What a thread loads at once, and how much of a row a program does.
+# What a thread loads at once, and how much of the router's row a program does.
 LOAD_NBYTES, ROW_NBYTES = 16, 4096
+WORD_NBYTES = 4
 # Of a multiprocessor.
 REGISTERS = 2**16
 
@@ -56,6 +57,9 @@ class Config(NamedTuple):
     """On a multiprocessor."""
     num_warps: int = 4
     gate_up_rows: int = 4
+    """As many as warps, or a multiple."""
+    gate_up_chunks: int = 8
+    """Of a row, a warp's loads that are on their way at a time."""
     down_rows: int = 4
     ahead: int = 4
     """Chunks of the down rows that are on their way at a time, also across the wait."""
@@ -96,110 +100,155 @@ def _float_of(key):
 @triton.jit
 def _select(
     logits_ptr, bias_ptr, E: tl.constexpr, K: tl.constexpr, SCORING: tl.constexpr, HAS_BIAS: tl.constexpr,
-    NORM: tl.constexpr, BLOCK_E: tl.constexpr,
+    NORM: tl.constexpr, WARPS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The ids and logits of the K best, best first, largest logit of all, and the sum of exponentials below that."""
-    e = tl.arange(0, BLOCK_E)
+    """The ids of the K best, best first, as scalars, and their weights, ``[WARPS, BLOCK_K]``.
+
+    All rows are the same: each warp has one to itself, and none waits for another until the ids are there.
+    """
+    e = tl.broadcast_to(tl.arange(0, BLOCK_E)[None, :], [WARPS, BLOCK_E])
+    k = tl.arange(0, BLOCK_K)[None, :]
     logits = tl.load(logits_ptr + e, mask=e < E, other=0.0).to(tl.float32)
     logits = tl.where(e < E, logits, NO_LOGIT)
-    largest, total = 0.0, 1.0
+    largest = tl.zeros([WARPS, 1], tl.float32)
+    total = largest + 1.0
     if SCORING == "softmax" and (HAS_BIAS or not NORM):
-        largest = tl.max(logits, 0)
-        total = tl.sum(accurate_exp(logits - largest), 0)
+        largest = tl.max(logits, 1)[:, None]
+        total = tl.sum(accurate_exp(logits - largest), 1)[:, None]
     ranked = logits  # without a bias a softmax ranks as logits do
     if SCORING == "sigmoid" or HAS_BIAS:
         ranked = _score(logits, largest, total, SCORING)
         if HAS_BIAS:
             ranked += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)
     keys = tl.where(e < E, ordered_key(ranked), SMALLEST_KEY)
-    lowest = tl.full([BLOCK_E], SMALLEST_KEY, tl.int32)
+    lowest = tl.full([WARPS, BLOCK_E], SMALLEST_KEY, tl.int32)
     if SCORING == "softmax" and not HAS_BIAS and logits_ptr.dtype.element_ty != tl.float32:
         keys, lowest = with_ids(keys, e), with_ids(lowest, e)
     else:
         keys, lowest = _with_wide_ids(keys, e), _with_wide_ids(lowest, e)
-    ids, chosen = (), ()
-    for _ in tl.static_range(K):  # K largest keys in turn: less work than comparing each with each
-        best = tl.max(keys, 0)
+    ids = tl.zeros([WARPS, BLOCK_K], tl.int32)
+    chosen = tl.full([WARPS, BLOCK_K], NO_LOGIT, tl.float32)
+    for j in tl.static_range(K):  # the K largest keys in turn: less work than comparing each with each
+        best = tl.max(keys, 1)[:, None]
         id = ID_MASK - (best & ID_MASK).to(tl.int32)
         keys = tl.where(e == id, lowest, keys)
         if SCORING == "sigmoid" or HAS_BIAS:
-            logit = tl.sum(tl.where(e == id, logits, 0.0), 0)
+            logit = tl.sum(tl.where(e == id, logits, 0.0), 1)[:, None]
         else:
             logit = _float_of(best)
-        ids, chosen = ids + (id,), chosen + (logit,)
-    return ids, chosen, largest, total
-
-
-@triton.jit
-def _weigh(chosen, largest, total, K: tl.constexpr, SCORING: tl.constexpr, NORM: tl.constexpr):
-    weights = ()
+        ids, chosen = tl.where(k == j, id, ids), tl.where(k == j, logit, chosen)
     if NORM and SCORING == "softmax":
-        best = chosen[0]
-        for k in tl.static_range(1, K):
-            best = tl.maximum(best, chosen[k])
-        for k in tl.static_range(K):
-            weights = weights + (accurate_exp(chosen[k] - best),)
+        weights = tl.where(k < K, accurate_exp(chosen - tl.max(chosen, 1)[:, None]), 0.0)
+        weights = weights / tl.sum(weights, 1)[:, None]
     else:
-        for k in tl.static_range(K):
-            weights = weights + (_score(chosen[k], largest, total, SCORING),)
-    if NORM:
-        own_total = weights[0]
-        for k in tl.static_range(1, K):
-            own_total += weights[k]
-        if SCORING == "sigmoid":
-            own_total += TINY_SUM
-        normalised = ()
-        for k in tl.static_range(K):
-            normalised = normalised + (weights[k] / own_total,)
-        return normalised
-    return weights
+        weights = tl.where(k < K, _score(chosen, largest, total, SCORING), 0.0)
+        if NORM:
+            weights = weights / (tl.sum(weights, 1)[:, None] + TINY_SUM)
+    return _scalars(tl.max(ids, 0), K), weights
 
 
 @triton.jit
-def _product(rows, vector, VECTOR: tl.constexpr):
-    """Of each row with a vector, summed over what a thread has of it."""
-    products = rows.to(tl.float32) * vector.to(tl.float32)[None, :]
-    return tl.sum(tl.reshape(products, [rows.shape[0], rows.shape[1] // VECTOR, VECTOR]), 2)
+def _scalars(values, K: tl.constexpr):
+    """The first K of a vector."""
+    found = ()
+    for j in tl.static_range(K):
+        found = found + (tl.sum(tl.where(tl.arange(0, values.shape[0]) == j, values, 0), 0),)
+    return found
+
+
+@triton.jit
+def _sum_in_threads(products, VECTOR: tl.constexpr):
+    """Over what a thread has of a row, without asking another."""
+    return tl.sum(tl.reshape(products, [products.shape[0], products.shape[1] // VECTOR, VECTOR]), 2)
 
 
 @triton.jit
 def _gate_up(
     x_ptr, gate_up_ptr, activated_ptr, ids, H: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
-    HIDDEN_ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr, VECTOR: tl.constexpr,
+    HIDDEN_ACT: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """activated[k] = act(gate[ids[k]] x) * (up[ids[k]] x)."""
+    """activated[k] = act(gate[ids[k]] x) * (up[ids[k]] x).
+
+    A warp has whole rows, CHUNKS pieces of a gate row and of an up row on their way at a time, and waits for no other.
+    """
     TILES: tl.constexpr = (I + ROWS - 1) // ROWS
+    lane = tl.arange(0, WIDTH // VECTOR)[None, :]
     for tile in range(tl.program_id(0), K * TILES, tl.num_programs(0)):
         slot = tile // TILES
         id = ids[0]
         for k in tl.static_range(1, K):
             id = tl.where(slot == k, ids[k], id)
-        i = (tile - slot * TILES) * ROWS + tl.arange(0, ROWS)
+        i = ((tile - slot * TILES) * ROWS + tl.arange(0, ROWS))[:, None]
         gate_ptr = gate_up_ptr + id.to(tl.int64) * (2 * I * H)
-        gate = tl.zeros([ROWS, BLOCK_H // VECTOR], tl.float32)
-        up = tl.zeros([ROWS, BLOCK_H // VECTOR], tl.float32)
-        for first in tl.static_range(0, H, BLOCK_H):
-            h = first + tl.arange(0, BLOCK_H)
-            mask, at = (i < I)[:, None] & (h < H)[None, :], i[:, None] * H + h[None, :]
-            gate_rows = tl.load(gate_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
-            up_rows = tl.load(gate_ptr + I * H + at, mask=mask, other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_ptr + h, mask=h < H, other=0.0)
-            gate += _product(gate_rows, x, VECTOR)
-            up += _product(up_rows, x, VECTOR)
+        gate = tl.zeros([ROWS, WIDTH // VECTOR], tl.float32)
+        up = tl.zeros([ROWS, WIDTH // VECTOR], tl.float32)
+        for first in tl.static_range(0, H, CHUNKS * WIDTH):
+            pieces = ()
+            for chunk in tl.static_range(CHUNKS):
+                h = first + chunk * WIDTH + tl.arange(0, WIDTH)[None, :]
+                mask, at = (i < I) & (h < H), i * H + h
+                gates = tl.load(gate_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+                ups = tl.load(gate_ptr + I * H + at, mask=mask, other=0.0, eviction_policy="evict_first")
+                pieces = pieces + ((gates, ups),)
+            for chunk in tl.static_range(CHUNKS):
+                # As wide as the rows: each thread loads what it needs, and nothing changes threads.
+                h = tl.broadcast_to((first + chunk * WIDTH + tl.arange(0, WIDTH))[None, :], [ROWS, WIDTH])
+                x = tl.load(x_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+                gate += _sum_in_threads(pieces[chunk][0].to(tl.float32) * x, VECTOR)
+                up += _sum_in_threads(pieces[chunk][1].to(tl.float32) * x, VECTOR)
         activated = activation(tl.sum(gate, 1), HIDDEN_ACT) * tl.sum(up, 1)
-        tl.store(activated_ptr + slot * I + i, round_for(activated_ptr, activated), mask=i < I)
+        # By one lane of each row's warp, where the sum is.
+        at = slot * I + i + lane
+        activated = tl.broadcast_to(round_for(activated_ptr, activated)[:, None], at.shape)
+        tl.store(activated_ptr + at, activated, mask=(i < I) & (lane == 0))
+
+
+@triton.jit
+def _as_words(ptr):
+    return ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@triton.jit
+def _halves(words, dtype: tl.constexpr):
+    """The two 16-bit floats of each word, as float32."""
+    if dtype == tl.bfloat16:
+        return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+    low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
+    return low.to(dtype, bitcast=True).to(tl.float32), high.to(dtype, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def _load_down(
-    down_ptr, ids, row, end, CHUNK: tl.constexpr, H: tl.constexpr, I: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
+    down_ptr, ids, row, end, CHUNK: tl.constexpr, H: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_I: tl.constexpr, IN_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """A chunk ``[rows, BLOCK_I]`` of one expert's down rows, of which there are PARTS; zeros from row ``end`` on."""
-    i = CHUNK % PARTS * BLOCK_I + tl.arange(0, BLOCK_I)
-    mask = (row < end)[:, None] & (i < I)[None, :]
-    expert_ptr = down_ptr + ids[CHUNK // PARTS].to(tl.int64) * (H * I)
-    return tl.load(expert_ptr + row[:, None] * I + i[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+    """A chunk ``[rows, BLOCK_I]`` of K experts' down rows, each in PARTS, over and over; zeros from row ``end`` on."""
+    expert_ptr = down_ptr + ids[CHUNK // PARTS % K].to(tl.int64) * (H * I)
+    SCALE: tl.constexpr = 2 if IN_WORDS else 1
+    i = CHUNK % PARTS * (BLOCK_I // SCALE) + tl.arange(0, BLOCK_I // SCALE)
+    mask, at = (row < end)[:, None] & (i < I // SCALE)[None, :], row[:, None] * (I // SCALE) + i[None, :]
+    if IN_WORDS:
+        expert_ptr = _as_words(expert_ptr)
+    return tl.load(expert_ptr + at, mask=mask, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _down_products(
+    tile, activated_ptr, CHUNK: tl.constexpr, I: tl.constexpr, PARTS: tl.constexpr, BLOCK_I: tl.constexpr,
+    VECTOR: tl.constexpr, IN_WORDS: tl.constexpr,
+):  # fmt: skip
+    SCALE: tl.constexpr = 2 if IN_WORDS else 1
+    i = CHUNK % PARTS * (BLOCK_I // SCALE) + tl.arange(0, BLOCK_I // SCALE)
+    own_ptr = activated_ptr + CHUNK // PARTS * I
+    if IN_WORDS:
+        activated = tl.load(_as_words(own_ptr) + i, mask=i < I // SCALE, other=0)[None, :]
+        low, high = _halves(tile, activated_ptr.dtype.element_ty)
+        activated_low, activated_high = _halves(activated, activated_ptr.dtype.element_ty)
+        products = low * activated_low + high * activated_high
+    else:
+        activated = tl.load(own_ptr + i, mask=i < I, other=0.0)[None, :]
+        products = tile.to(tl.float32) * activated.to(tl.float32)
+    return _sum_in_threads(products, VECTOR // SCALE)
 
 
 @triton.jit
@@ -207,9 +256,10 @@ def decode_one_kernel(
     x_ptr, router_ptr, gate_up_ptr, down_ptr, bias_ptr, logits_ptr, out_ptr, counters_ptr, activated_ptr,
     factor, max_polls,
     H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, SCORING: tl.constexpr, HAS_BIAS: tl.constexpr,
-    NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr, GATE_UP_ROWS: tl.constexpr, DOWN_ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr, AHEAD: tl.constexpr, PARTS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
+    NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr, GATE_UP_ROWS: tl.constexpr, GATE_UP_CHUNKS: tl.constexpr,
+    DOWN_ROWS: tl.constexpr, BLOCKS: tl.constexpr, AHEAD: tl.constexpr, PARTS: tl.constexpr, VECTOR: tl.constexpr,
+    WARPS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_I: tl.constexpr, IN_WORDS: tl.constexpr,
 ):  # fmt: skip
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     launches = tl.load(counters_ptr + LAUNCHES * LINE)
@@ -218,15 +268,17 @@ def decode_one_kernel(
         _route(x_ptr, router_ptr, logits_ptr, num_routers, H, E, BLOCK_H)
         arrive(counters_ptr + ROUTED * LINE)
     polls_left = wait_again(counters_ptr + ROUTED * LINE, launches, num_routers, max_polls)
-    ids, chosen, largest, total = _select(logits_ptr, bias_ptr, E, K, SCORING, HAS_BIAS, NORM, BLOCK_E)
-    _gate_up(x_ptr, gate_up_ptr, activated_ptr, ids, H, I, K, HIDDEN_ACT, GATE_UP_ROWS, BLOCK_H, VECTOR)
-    # First of all: a release waits for every load before it.
-    arrive(counters_ptr + DONE * LINE)
+    ids, weights = _select(logits_ptr, bias_ptr, E, K, SCORING, HAS_BIAS, NORM, WARPS, BLOCK_E, BLOCK_K)
+    _gate_up(
+        x_ptr, gate_up_ptr, activated_ptr, ids, H, I, K, HIDDEN_ACT, GATE_UP_ROWS, GATE_UP_CHUNKS, WIDTH, VECTOR
+    )
+    arrive(counters_ptr + DONE * LINE)  # before more is loaded: a release waits for every load before it
     row = program * DOWN_ROWS + tl.arange(0, DOWN_ROWS)
     tiles = ()
     for chunk in tl.static_range(AHEAD):
-        tiles = tiles + (_load_down(down_ptr, ids, row, H, chunk, H, I, PARTS, BLOCK_I),)
-    weights = _weigh(chosen, largest, total, K, SCORING, NORM)
+        tiles = tiles + (_load_down(down_ptr, ids, row, H, chunk, H, I, K, PARTS, BLOCK_I, IN_WORDS),)
+    is_first = (tl.arange(0, WARPS) == 0)[:, None]
+    weights = _scalars(tl.sum(tl.where(is_first, weights, 0.0), 0), K)
     polls_left = wait_again(counters_ptr + DONE * LINE, launches, num_programs, polls_left)
     for block in range(BLOCKS):
         next_row = row + num_programs * DOWN_ROWS
@@ -234,12 +286,11 @@ def decode_one_kernel(
         sums = tl.zeros([DOWN_ROWS, BLOCK_I // VECTOR], tl.float32)
         for chunk in tl.static_range(K * PARTS):
             if chunk + AHEAD < K * PARTS:
-                tile = _load_down(down_ptr, ids, row, H, chunk + AHEAD, H, I, PARTS, BLOCK_I)
+                tile = _load_down(down_ptr, ids, row, H, chunk + AHEAD, H, I, K, PARTS, BLOCK_I, IN_WORDS)
             else:
-                tile = _load_down(down_ptr, ids, next_row, next_end, chunk + AHEAD - K * PARTS, H, I, PARTS, BLOCK_I)
-            i = chunk % PARTS * BLOCK_I + tl.arange(0, BLOCK_I)
-            activated = tl.load(activated_ptr + chunk // PARTS * I + i, mask=i < I, other=0.0)
-            sums += weights[chunk // PARTS] * _product(tiles[0], activated, VECTOR)
+                tile = _load_down(down_ptr, ids, next_row, next_end, chunk + AHEAD, H, I, K, PARTS, BLOCK_I, IN_WORDS)
+            products = _down_products(tiles[0], activated_ptr, chunk, I, PARTS, BLOCK_I, VECTOR, IN_WORDS)
+            sums += weights[chunk // PARTS] * products
             tiles = tiles[1:] + (tile,)
         out = tl.sum(sums, 1) * factor
         out = tl.where(polls_left > 0, out, float("nan"))  # whoever has given up waiting says so
@@ -278,8 +329,10 @@ class OneToken(PreparedCall):
             # All programs at once or an error, since they wait for each other.
             options |= {"launch_cooperative_grid": True, "maxnreg": config.max_registers}
         numbers = (float(layer.routing.routed_scaling_factor), MAX_POLLS)
-        constants = _constants(layer, num_programs, x.element_size(), config)
-        self._launch = Relaunch(decode_one_kernel, num_programs, numbers, constants, **options)
+        self._launches = [
+            Relaunch(decode_one_kernel, num_programs, numbers, constants, **options)
+            for constants in _constants(layer, num_programs, x.element_size(), config)
+        ]
         # Not a method of this object, which would then outlive its last reference.
         self.scratch = Scratch(partial(_make_counters, x.device), x.device)
         self._own_of_stream: dict[int, _Own] = {}
@@ -289,7 +342,9 @@ class OneToken(PreparedCall):
         own = None if is_capturing else self._own_of_stream.get(stream)
         if own is None:
             own = self._make_own(stream, is_capturing)
-        self._launch((*tensors[:5], own.logits if logits is None else logits, out), stream, own.kept)
+        down: Any = tensors[3]
+        launch = self._launches[down.data_ptr() % WORD_NBYTES == 0]
+        launch((*tensors[:5], own.logits if logits is None else logits, out), stream, own.kept)
         self.has_launched = True
         if debug_enabled() and not is_capturing:
             check_flag(own.kept.tensors[0][FLAG.value * LINE.value])
@@ -330,11 +385,13 @@ def _block_i(I: int, itemsize: int, config: Config) -> int:
     return min(config.num_warps * 32 * LOAD_NBYTES // itemsize, next_power_of_2(max(16, I)))
 
 
-def _constants(layer: MoELayer, num_programs: int, itemsize: int, config: Config) -> dict[str, Any]:
+def _constants(layer: MoELayer, num_programs: int, itemsize: int, config: Config) -> list[dict[str, Any]]:
+    """For down rows that begin anywhere, and at a word."""
     routing, (E, H, I) = layer.routing, layer.down_proj.shape
     K, block_i = routing.num_experts_per_tok, _block_i(I, itemsize, config)
     parts = cdiv(I, block_i)
-    return {
+    width = min(32 * LOAD_NBYTES // itemsize, next_power_of_2(max(16, H)))
+    constants = {
         "H": H, "I": I, "E": E, "K": K,
         "SCORING": routing.scoring,
         "HAS_BIAS": routing.correction_bias is not None,
@@ -342,11 +399,17 @@ def _constants(layer: MoELayer, num_programs: int, itemsize: int, config: Config
         "HIDDEN_ACT": layer.hidden_act,
         "GATE_UP_ROWS": config.gate_up_rows,
         "DOWN_ROWS": config.down_rows,
+        "GATE_UP_CHUNKS": min(config.gate_up_chunks, cdiv(H, width)),
         "BLOCKS": cdiv(H, num_programs * config.down_rows),
         "AHEAD": min(config.ahead, K * parts),
         "PARTS": parts,
         "VECTOR": LOAD_NBYTES // itemsize,
+        "WARPS": config.num_warps,
         "BLOCK_E": next_power_of_2(max(16, E)),
+        "BLOCK_K": next_power_of_2(K),
+        "WIDTH": width,
         "BLOCK_H": min(ROW_NBYTES // itemsize, next_power_of_2(max(16, H))),
         "BLOCK_I": block_i,
     }  # fmt: skip
+    # What is held in registers across a wait takes one for each 16 bits, but in words.
+    return [constants | {"IN_WORDS": False}, constants | {"IN_WORDS": itemsize == 2 and I % 2 == 0}]
