@@ -269,13 +269,11 @@ def decode_one_kernel(
         arrive(counters_ptr + ROUTED * LINE)
     polls_left = wait_again(counters_ptr + ROUTED * LINE, launches, num_routers, max_polls)
     ids, weights = _select(logits_ptr, bias_ptr, E, K, SCORING, HAS_BIAS, NORM, WARPS, BLOCK_E, BLOCK_K)
-    _gate_up(
-        x_ptr, gate_up_ptr, activated_ptr, ids, H, I, K, HIDDEN_ACT, GATE_UP_ROWS, GATE_UP_CHUNKS, WIDTH, VECTOR
-    )
+    _gate_up(x_ptr, gate_up_ptr, activated_ptr, ids, H, I, K, HIDDEN_ACT, GATE_UP_ROWS, GATE_UP_CHUNKS, WIDTH, VECTOR)
     arrive(counters_ptr + DONE * LINE)  # before more is loaded: a release waits for every load before it
     row = program * DOWN_ROWS + tl.arange(0, DOWN_ROWS)
-    tiles = ()
-    for chunk in tl.static_range(AHEAD):
+    tiles = (_load_down(down_ptr, ids, row, H, 0, H, I, K, PARTS, BLOCK_I, IN_WORDS),)
+    for chunk in tl.static_range(1, AHEAD):
         tiles = tiles + (_load_down(down_ptr, ids, row, H, chunk, H, I, K, PARTS, BLOCK_I, IN_WORDS),)
     is_first = (tl.arange(0, WARPS) == 0)[:, None]
     weights = _scalars(tl.sum(tl.where(is_first, weights, 0.0), 0), K)
