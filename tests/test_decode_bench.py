@@ -130,6 +130,7 @@ def test_ours_is_measured_for_each_policy_that_it_takes(no_peers, monkeypatch):
     find = partial(find_decode_competitors, case, first, CPU)
     assert names_of(find(("torch",), ())) == [f"torch_{policy}" for policy in POLICIES]
     assert names_of(find((), ()))[-1] == "reference"
+    assert names_of(find(("triton",), ())) == ["triton", *(f"triton_{policy}" for policy in POLICIES)]
 
     def refuses(*args, policy, **kwargs):
         if policy != "auto":
@@ -340,7 +341,7 @@ def test_our_difference_from_the_block_is_bounded():
         (["decode", "--backend", "magic"], "backend: expected one of triton, torch, reference, transformers_eager"),
         (["decode", "--backend", "vllm"], "backend: vllm cannot run here: its kernels need a CUDA GPU"),
         (["decode", "--backend", "transformers_eager"], "transformers is not installed"),
-        (["decode", "--policy", "chaos"], "policy: expected one of static, queue, actor; got 'chaos'"),
+        (["decode", "--policy", "chaos"], "policy: expected one of auto, static, queue, actor; got 'chaos'"),
         (["decode", "--dtype", "int4"], "dtype: expected one of bfloat16, float16, float32, fp8_row, fp8_block"),
         (["mlp", "--policy", "queue"], "policy: expected only with decode; got queue"),
         (["mlp", "--dtype", "float16"], "dtype: expected only with decode; got float16"),

@@ -42,7 +42,7 @@ from triton.language.extra.cuda import globaltimer
 
 from flash_moe.bench.timing import count_launches
 from flash_moe.ops._triton import decode as kernel
-from flash_moe.ops._triton import decode_config
+from flash_moe.ops._triton import decode_config, relaunch
 from flash_moe.ops._triton import scratch as scratch_module
 from flash_moe.ops._triton.decode_kernel import ALL_SELECTED, LINE
 
@@ -359,8 +359,8 @@ def test_what_is_launched_past_triton(again, device):
     want, _ = run_kernel(x, layer)
     prepared = prepared_for(x, layer)
     launches = []
-    compiled = SimpleNamespace(run=lambda *arguments: launches.append(arguments), function=3, packed_metadata=4)
-    prepared._launch._compiled = compiled
+    launched = SimpleNamespace(run=lambda *arguments: launches.append(arguments), function=3, packed_metadata=4)
+    prepared._launch._compiled = relaunch._Compiled.of(kernel.decode_kernel, launched, (), prepared._launch._named)
     out, logits = run_kernel(x, layer)
     own = prepared._own_of_stream[0]
     tensors = (x, *layer.tensors, logits, out, *prepared._arrays, *own.state, *own.buffers[:-1], own.state.flag)
