@@ -130,7 +130,6 @@ def test_ours_is_measured_for_each_policy_that_it_takes(no_peers, monkeypatch):
     find = partial(find_decode_competitors, case, first, CPU)
     assert names_of(find(("torch",), ())) == [f"torch_{policy}" for policy in POLICIES]
     assert names_of(find((), ()))[-1] == "reference"
-    assert names_of(find(("triton",), ())) == ["triton", *(f"triton_{policy}" for policy in POLICIES)]
 
     def refuses(*args, policy, **kwargs):
         if policy != "auto":
@@ -147,6 +146,14 @@ def test_ours_is_measured_for_each_policy_that_it_takes(no_peers, monkeypatch):
 
     monkeypatch.setattr(decode_competitors, "flash_decode", refuses_all)
     assert find(("torch",), ()) == [Absence("torch", "hidden_states: too many tokens")]
+
+
+def test_one_launch_is_measured_as_it_is_by_default_too(monkeypatch):
+    monkeypatch.setattr(decode_competitors, "why_not_decode", lambda name, device: None)
+    monkeypatch.setattr(decode_competitors, "_refusal", lambda backend, policy, first: None)
+    case = make_case()
+    found = find_decode_competitors(case, make_inputs(case)[0], CPU, ("triton",), ())
+    assert names_of(found) == ["triton", *(f"triton_{policy}" for policy in POLICIES)]
 
 
 def test_what_copies_every_pair_stops_at_16_tokens():

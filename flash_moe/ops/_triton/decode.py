@@ -101,8 +101,8 @@ _prepared: OrderedDict[Hashable, PreparedCall] = OrderedDict()
 
 def _launch(x: Tensor, layer: MoELayer, policy: str, logits: Tensor, out: Tensor, trace: Trace | None) -> None:
     """All programs at once, of as many as there is room for."""
-    key = _key(x, layer, policy, is_traced=trace is not None)
     is_traced = trace is not None
+    key = _key(x, layer, policy, is_traced=is_traced)
     prepared = _prepared.get(key) or _remember(key, _prepare(x, layer, policy, is_traced))
     tensors = (x, *layer.tensors)
     while True:
