@@ -151,7 +151,7 @@ def test_what_it_takes(device):
     assert not takes_one(x, layer._replace(routing=Routing(2, num_expert_groups=3, topk_groups=2)))
     for options in ({"shared_intermediate_size": 8}, {"scale": "row"}):
         assert not takes_one(*make_decode_inputs(1, 16, 8, 6, Routing(2), torch.bfloat16, device, **options))
-    for H, I, E, K in ((4, 2, 1025, 2), (4, 2, 20, 17), (4, 20000, 8, 8)):
+    for H, I, E, K in ((4, 2, 1025, 2), (4, 2, 20, 17), (4, 20000, 8, 8), (20000, 4, 8, 8)):
         assert not takes_one(*make_decode_inputs(1, H, I, E, Routing(K), torch.bfloat16, device))
 
 

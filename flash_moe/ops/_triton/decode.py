@@ -199,6 +199,10 @@ class Prepared(PreparedCall):
             fill_trace(trace, records, slots, self.schedule, self.policy)
 
     @property
+    def flags(self) -> list[Tensor]:
+        return [state.flag for state in (*self.scratch.of_stream.values(), *self.scratch.of_graphs)]
+
+    @property
     def _num_counters(self) -> int:
         return NUM_OWN.value + self.schedule.num_counters
 

@@ -24,6 +24,11 @@ class PreparedCall(ABC):
     def __call__(self, tensors: Sequence[Tensor | None], logits: Tensor | None, out: Tensor) -> None:
         """``tensors``: the hidden states, which are on the current device, and the layer's."""
 
+    @property
+    @abstractmethod
+    def flags(self) -> list[Tensor]:
+        """Of each stream and graph what is not zero where a program has given up waiting."""
+
     def again(self, tensors: Sequence[Any], return_router_logits: bool) -> Tensor | tuple[Tensor, Tensor] | None:
         """A call of ``flash_decode`` that is as an earlier one was; ``None`` where there is no longer room for it."""
         if self.device_index is not None and self.device_index != torch.cuda.current_device():

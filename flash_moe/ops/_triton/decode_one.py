@@ -37,7 +37,7 @@ from flash_moe.ops._triton.scratch import Scratch, current_stream, keep
 from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 from flash_moe.schedule.tasks import sizes_of
 
-# The code goes through the experts, and through an expert's down row in chunks, without a loop.
+# The code goes through the experts, and through chunks of a gate row and of all experts' down rows, without a loop.
 MAX_EXPERTS_PER_TOKEN, MAX_CHUNKS = 16, 64
 MAX_EXPERTS = 1024
 # A cache line each: how many launches there were, what programs count, and whether one has given up.
@@ -93,8 +93,10 @@ def _float_of(key):
     """The 16-bit float that ``ordered_key`` and ``with_ids`` were given, or any that ``_with_wide_ids`` was."""
     if key.dtype == tl.int64:
         high = (key >> 32).to(tl.int32)
-        return tl.where(high < 0, high ^ LARGEST_KEY, high).to(tl.float32, bitcast=True)
-    return tl.where(key < 0, (key | ID_MASK) ^ LARGEST_KEY, key & ~ID_MASK).to(tl.float32, bitcast=True)
+        bits = tl.where(high < 0, high ^ LARGEST_KEY, high)
+    else:
+        bits = tl.where(key < 0, (key | ID_MASK) ^ LARGEST_KEY, key & ~ID_MASK)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -212,9 +214,10 @@ def _as_words(ptr):
 def _halves(words, dtype: tl.constexpr):
     """The two 16-bit floats of each word, as float32."""
     if dtype == tl.bfloat16:
-        return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
-    low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
-    return low.to(dtype, bitcast=True).to(tl.float32), high.to(dtype, bitcast=True).to(tl.float32)
+        low, high = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+    else:
+        low, high = words.to(tl.int16).to(dtype, bitcast=True), (words >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return low.to(tl.float32), high.to(tl.float32)
 
 
 @triton.jit
@@ -309,9 +312,11 @@ def takes_one(x: Tensor, layer: MoELayer) -> bool:
         return False
     if layer.gate_up_scale is not None or layer.down_scale is not None:
         return False
-    if E > MAX_EXPERTS or K > MAX_EXPERTS_PER_TOKEN or 2 * I * H >= 2**31:
+    if E > MAX_EXPERTS or K > MAX_EXPERTS_PER_TOKEN or max(E, 2 * I) * H >= 2**31:
         return False
-    return K * cdiv(I, _block_i(I, x.element_size(), Config())) <= MAX_CHUNKS
+    itemsize = x.element_size()
+    down_chunks = K * cdiv(I, _block_i(I, itemsize, Config()))
+    return max(down_chunks, cdiv(H, _width(H, itemsize))) <= MAX_CHUNKS
 
 
 class OneToken(PreparedCall):
@@ -346,6 +351,11 @@ class OneToken(PreparedCall):
         self.has_launched = True
         if debug_enabled() and not is_capturing:
             check_flag(own.kept.tensors[0][FLAG.value * LINE.value])
+
+    @property
+    def flags(self) -> list[Tensor]:
+        counters = (*self.scratch.of_stream.values(), *self.scratch.of_graphs)
+        return [each[FLAG.value * LINE.value :] for each in counters]
 
     def _make_own(self, stream: int, is_capturing: bool) -> "_Own":
         """A stream's, which are kept, or a captured call's, whose buffers are in its graph's memory."""
@@ -383,12 +393,17 @@ def _block_i(I: int, itemsize: int, config: Config) -> int:
     return min(config.num_warps * 32 * LOAD_NBYTES // itemsize, next_power_of_2(max(16, I)))
 
 
+def _width(H: int, itemsize: int) -> int:
+    """A chunk of a gate row: a load for each thread of a warp."""
+    return min(32 * LOAD_NBYTES // itemsize, next_power_of_2(max(16, H)))
+
+
 def _constants(layer: MoELayer, num_programs: int, itemsize: int, config: Config) -> list[dict[str, Any]]:
     """For down rows that begin anywhere, and at a word."""
     routing, (E, H, I) = layer.routing, layer.down_proj.shape
     K, block_i = routing.num_experts_per_tok, _block_i(I, itemsize, config)
     parts = cdiv(I, block_i)
-    width = min(32 * LOAD_NBYTES // itemsize, next_power_of_2(max(16, H)))
+    width = _width(H, itemsize)
     constants = {
         "H": H, "I": I, "E": E, "K": K,
         "SCORING": routing.scoring,
