@@ -135,10 +135,8 @@ class Load:
 
 def count_flags() -> int:
     """Streams and graphs in which a program has given up waiting."""
-    scratches = [prepared.scratch for prepared in kernel._prepared.values()]
-    states = [state for scratch in scratches for state in scratch.of_stream.values()]
-    states += [state for scratch in scratches for state in scratch.of_graphs]
-    return int(torch.cat([state.flag for state in states]).count_nonzero()) if states else 0
+    flags = [flag for prepared in kernel._prepared.values() for flag in prepared.flags]
+    return int(torch.cat(flags).count_nonzero()) if flags else 0
 
 
 def draw_token_counts(count: int, chance: random.Random) -> list[int]:

@@ -148,6 +148,14 @@ def test_ours_is_measured_for_each_policy_that_it_takes(no_peers, monkeypatch):
     assert find(("torch",), ()) == [Absence("torch", "hidden_states: too many tokens")]
 
 
+def test_one_launch_is_measured_as_it_is_by_default_too(monkeypatch):
+    monkeypatch.setattr(decode_competitors, "why_not_decode", lambda name, device: None)
+    monkeypatch.setattr(decode_competitors, "_refusal", lambda backend, policy, first: None)
+    case = make_case()
+    found = find_decode_competitors(case, make_inputs(case)[0], CPU, ("triton",), ())
+    assert names_of(found) == ["triton", *(f"triton_{policy}" for policy in POLICIES)]
+
+
 def test_what_copies_every_pair_stops_at_16_tokens():
     case = make_case(T=17)
     found = find_decode_competitors(case, make_inputs(case)[0], CPU, ("torch_compile",), ())
@@ -340,7 +348,7 @@ def test_our_difference_from_the_block_is_bounded():
         (["decode", "--backend", "magic"], "backend: expected one of triton, torch, reference, transformers_eager"),
         (["decode", "--backend", "vllm"], "backend: vllm cannot run here: its kernels need a CUDA GPU"),
         (["decode", "--backend", "transformers_eager"], "transformers is not installed"),
-        (["decode", "--policy", "chaos"], "policy: expected one of static, queue, actor; got 'chaos'"),
+        (["decode", "--policy", "chaos"], "policy: expected one of auto, static, queue, actor; got 'chaos'"),
         (["decode", "--dtype", "int4"], "dtype: expected one of bfloat16, float16, float32, fp8_row, fp8_block"),
         (["mlp", "--policy", "queue"], "policy: expected only with decode; got queue"),
         (["mlp", "--dtype", "float16"], "dtype: expected only with decode; got float16"),

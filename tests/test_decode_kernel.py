@@ -42,7 +42,7 @@ from triton.language.extra.cuda import globaltimer
 
 from flash_moe.bench.timing import count_launches
 from flash_moe.ops._triton import decode as kernel
-from flash_moe.ops._triton import decode_config
+from flash_moe.ops._triton import decode_config, relaunch
 from flash_moe.ops._triton import scratch as scratch_module
 from flash_moe.ops._triton.decode_kernel import ALL_SELECTED, LINE
 
@@ -65,8 +65,9 @@ def scratch(device, monkeypatch):
     if device.type == "cuda":
         torch.cuda.synchronize()
     for prepared in kernel._prepared.values():
-        for state in prepared.scratch.of_stream.values():
-            assert_unused(state)
+        if isinstance(prepared, kernel.Prepared):
+            for state in prepared.scratch.of_stream.values():
+                assert_unused(state)
 
 
 def assert_unused(state):
@@ -358,8 +359,8 @@ def test_what_is_launched_past_triton(again, device):
     want, _ = run_kernel(x, layer)
     prepared = prepared_for(x, layer)
     launches = []
-    compiled = SimpleNamespace(run=lambda *arguments: launches.append(arguments), function=3, packed_metadata=4)
-    prepared._launch._compiled = compiled
+    launched = SimpleNamespace(run=lambda *arguments: launches.append(arguments), function=3, packed_metadata=4)
+    prepared._launch._compiled = relaunch._Compiled.of(kernel.decode_kernel, launched, (), prepared._launch._named)
     out, logits = run_kernel(x, layer)
     own = prepared._own_of_stream[0]
     tensors = (x, *layer.tensors, logits, out, *prepared._arrays, *own.state, *own.buffers[:-1], own.state.flag)
@@ -456,7 +457,7 @@ def test_every_policy_gives_the_same_bits(policy, device):
     for T in (1, 17) if device.type == "cuda" else (1,):
         x, layer = make_decode_inputs(T, 24, 20, 8, Routing(3), torch.bfloat16, device, shared_intermediate_size=8)
         assert_right(x, layer, lambda x, layer: run_kernel(x, layer, policy))
-        assert torch.equal(run_kernel(x, layer, policy)[0], run_kernel(x, layer)[0])
+        assert torch.equal(run_kernel(x, layer, policy)[0], run_kernel(x, layer, "static")[0])
 
 
 # On a GPU, at the size of Qwen3-30B-A3B
@@ -473,13 +474,13 @@ def qwen3(T, dtype, device, seed=0, **options):
     ids=str,
 )  # fmt: skip
 def test_full_size(dtype, scale, policy, device):
-    """Right at every number of tokens; the same bits in a hundred calls, and as the default policy's."""
+    """Right at every number of tokens; the same bits in a hundred calls, and as another policy's."""
     many, layer = qwen3(128, dtype, device, scale=scale)
     is_plain = dtype is torch.bfloat16 and scale == "none"
     for T in (1, 2, 4, 8, 16, 17, 32, 64, 100, 128) if is_plain else (1, 5, 17, 128):
         x = many[:T].contiguous()
         assert_right(x, layer, lambda x, layer: run_kernel(x, layer, policy))
-        first, _ = run_kernel(x, layer)
+        first, _ = run_kernel(x, layer, "static" if policy != "static" else "queue")
         different = sum((run_kernel(x, layer, policy)[0] != first).any() for _ in range(100))
         assert not different, f"T {T}"
 

@@ -43,7 +43,7 @@ def bench(
     seconds: Annotated[float, typer.Option(help="Of measuring, for each row.")] = 0.4,
     commit: Annotated[str | None, typer.Option(help="Of the code; by default what git says.")] = None,
     policy: Annotated[
-        list[str] | None, typer.Option(help=f"Of decode's schedule, by default all: {', '.join(POLICIES)}.")
+        list[str] | None, typer.Option(help=f"Of decode, by default all: auto, {', '.join(POLICIES)}.")
     ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help=f"Of decode; may be repeated: {', '.join(FORMATS)}.")] = None,
 ) -> None:

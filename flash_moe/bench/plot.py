@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 COLORS = {
     "triton": "C0", "torch": "C2", "reference": "C3", "pytorch_smart": "C1", "torch_compile": "C4", "liger": "C5",
-    "triton_static": "C0", "triton_queue": "C9", "triton_actor": "C6", "torch_static": "C2", "torch_queue": "olive",
+    "triton_static": "navy", "triton_queue": "C9", "triton_actor": "C6", "torch_static": "C2", "torch_queue": "olive",
     "torch_actor": "darkgreen", "transformers_eager": "C3", "transformers_batched_mm": "C1",
     "transformers_grouped_mm": "C8", "vllm": "C5", "sglang": "C7",
 }  # fmt: skip

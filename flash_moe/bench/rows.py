@@ -44,7 +44,7 @@ class Request:
             ("op", self.ops, (*OPS, "all")),
             ("pass", self.passes, ("fwd", "bwd")),
             ("routing", [self.routing] if self.routing else [], ROUTINGS),
-            ("policy", self.policies, tuple(POLICIES)),
+            ("policy", self.policies, ("auto", *POLICIES)),
             ("dtype", self.formats, tuple(FORMATS)),
         ):
             for value in values:

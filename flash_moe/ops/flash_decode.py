@@ -91,9 +91,12 @@ def flash_decode(
             CUDA: PyTorch's own kernels, without waiting for the device), or "reference". "auto" is "triton" on a GPU
             where it takes the call and its programs have room at once, else "torch". An explicit choice never falls
             back.
-        policy: which program takes which task: "static", "queue" or "actor"; "auto" is what measured best. The bits of
-            the result are the same. Only "auto" where no schedule runs.
-        trace: a ``Trace`` to fill with every task and every wait, for which the call waits; only where a schedule runs.
+        policy: which program takes which task: "static", "queue" or "actor", which give the same bits. "auto" is what
+            measured best; in one launch, for a single token of a layer without groups, shared expert and scales, a
+            kernel of its own without a schedule, whose sums have an order of their own. Only "auto" where no schedule
+            runs.
+        trace: a ``Trace`` to fill with every task and every wait, for which the call waits; only where a schedule runs,
+            and always of one: "auto" is "static" then for one token.
         return_router_logits: return the logits, too.
     Returns:
         ``[T, H]`` in ``hidden_states.dtype``, accumulated in float32; or that and the logits ``[T, E]``. The same bits

@@ -16,8 +16,10 @@ from triton.runtime.errors import OutOfResources
 from flash_moe._checks import debug_enabled
 from flash_moe._moe_layer import MoELayer, NoRoomError
 from flash_moe.ops._triton.counters import LINE, MAX_POLLS
+from flash_moe.ops._triton.decode_call import PreparedCall, captured, check_flag, is_want_of_room
 from flash_moe.ops._triton.decode_config import Config, config_of, kernel_constants, tiles_of
 from flash_moe.ops._triton.decode_kernel import FEW, NUM_OWN, decode_kernel
+from flash_moe.ops._triton.decode_one import OneToken, takes_one
 from flash_moe.ops._triton.decode_routing import TAKER_STRIDE
 from flash_moe.ops._triton.decode_scratch import Buffers, Own, State
 from flash_moe.ops._triton.decode_trace import MAX_RECORDS, fill_trace, make_records
@@ -76,7 +78,7 @@ def decode_traced(hidden_states: Tensor, layer: MoELayer, policy: str, trace: Tr
     return _decode(hidden_states, layer, policy, trace)
 
 
-def prepared_for(hidden_states: Tensor, layer: MoELayer, policy: str) -> "Prepared | None":
+def prepared_for(hidden_states: Tensor, layer: MoELayer, policy: str) -> PreparedCall | None:
     """What a call of ``decode_forward`` has left for others like it; ``None`` where nothing was launched."""
     prepared = _prepared.get(_key(hidden_states, layer, policy, is_traced=False))
     return prepared if prepared is not None and prepared.has_launched else None
@@ -94,36 +96,46 @@ def _decode(x: Tensor, layer: MoELayer, policy: str, trace: Trace | None) -> tup
     return out, logits
 
 
-_prepared: OrderedDict[Hashable, "Prepared"] = OrderedDict()
-# What graphs read is kept for ever: how long they live is not known here.
-_captured: set["Prepared"] = set()
+_prepared: OrderedDict[Hashable, PreparedCall] = OrderedDict()
 
 
 def _launch(x: Tensor, layer: MoELayer, policy: str, logits: Tensor, out: Tensor, trace: Trace | None) -> None:
     """All programs at once, of as many as there is room for."""
-    key = _key(x, layer, policy, is_traced=trace is not None)
-    prepared = _prepared.get(key)
-    if prepared is None:
-        weight_itemsize = max(layer.gate_up_proj.element_size(), layer.down_proj.element_size())
-        config = config_of(x.shape[0], x.element_size(), weight_itemsize)
-        prepared = _remember(key, Prepared(x, layer, policy, trace is not None, config))
+    is_traced = trace is not None
+    key = _key(x, layer, policy, is_traced=is_traced)
+    prepared = _prepared.get(key) or _remember(key, _prepare(x, layer, policy, is_traced))
+    tensors = (x, *layer.tensors)
     while True:
         try:
-            return prepared((x, *layer.tensors), logits, out, trace)
+            if isinstance(prepared, Prepared):
+                return prepared(tensors, logits, out, trace)
+            return prepared(tensors, logits, out)
         except (RuntimeError, OutOfResources) as error:
-            if not _is_want_of_room(error):
+            if not is_want_of_room(error):
                 raise
-            config = prepared.config._replace(programs=prepared.config.programs - 1)
-            if config.programs == 0:
-                raise NoRoomError(f"flash_decode: expected room for a program a multiprocessor; got {error}") from error
-            prepared = _remember(key, Prepared(x, layer, policy, trace is not None, config))
+            if isinstance(prepared, Prepared):
+                config = prepared.config._replace(programs=prepared.config.programs - 1)
+                if config.programs == 0:
+                    message = f"flash_decode: expected room for a program a multiprocessor; got {error}"
+                    raise NoRoomError(message) from error
+                prepared = _remember(key, Prepared(x, layer, policy, is_traced, config))
+            else:
+                prepared = _remember(key, _prepare_scheduled(x, layer, policy, is_traced))
 
 
-def _is_want_of_room(error: Exception) -> bool:
-    return isinstance(error, OutOfResources) or "cooperative" in str(error)
+def _prepare(x: Tensor, layer: MoELayer, policy: str, is_traced: bool) -> PreparedCall:
+    """A kernel of its own for one token, where nobody has asked for a policy or a trace, which it has not."""
+    if policy == "auto" and not is_traced and takes_one(x, layer):
+        return OneToken(x, layer)
+    return _prepare_scheduled(x, layer, policy, is_traced)
 
 
-def _remember(key: Hashable, prepared: "Prepared") -> "Prepared":
+def _prepare_scheduled(x: Tensor, layer: MoELayer, policy: str, is_traced: bool) -> "Prepared":
+    weight_itemsize = max(layer.gate_up_proj.element_size(), layer.down_proj.element_size())
+    return Prepared(x, layer, policy, is_traced, config_of(x.shape[0], x.element_size(), weight_itemsize))
+
+
+def _remember(key: Hashable, prepared: PreparedCall) -> PreparedCall:
     _prepared[key] = prepared
     if len(_prepared) > MAX_PREPARED:
         _prepared.popitem(last=False)
@@ -142,15 +154,13 @@ def _key(x: Tensor, layer: MoELayer, policy: str, *, is_traced: bool) -> Hashabl
     )  # fmt: skip
 
 
-class Prepared:
-    """Calls that differ in the addresses of their tensors alone: the schedule, the scratch and the launch."""
+class Prepared(PreparedCall):
+    """The schedule, the scratch and the launch of the kernel that runs it."""
 
     def __init__(self, x: Tensor, layer: MoELayer, policy: str, is_traced: bool, config: Config) -> None:
-        self.config, self.device, self.dtype = config, x.device, x.dtype
-        self.logits_dtype = layer.router_weight.dtype
-        self.device_index: int | None = x.device.index
-        self.has_launched = False
-        self.sizes, self.policy = sizes_of(x, layer), _policy_of(x, policy)
+        super().__init__(sizes_of(x, layer), x.device)
+        self.config, self.dtype, self.logits_dtype = config, x.dtype, layer.router_weight.dtype
+        self.policy = _policy_of(x, policy)
         self.num_programs = _num_programs(x.device, config)
         self.schedule = build_schedule(self.sizes, tiles_of(self.sizes, config, self.num_programs), self.num_programs)
         self._arrays = keep(self._make_arrays, x.device)
@@ -172,7 +182,6 @@ class Prepared:
     def __call__(
         self, tensors: Sequence[Tensor | None], logits: Tensor | None, out: Tensor, trace: Trace | None = None
     ) -> None:
-        """``tensors``: the hidden states, which are on the current device, and the layer's."""
         stream, is_capturing = current_stream(self.device_index)
         own = None if is_capturing else self._own_of_stream.get(stream)
         if own is None:
@@ -184,25 +193,14 @@ class Prepared:
         self._launch((*tensors, buffers.logits if logits is None else logits, out), stream, kept)
         self.has_launched = True
         if debug_enabled() and not is_capturing:
-            _check_flag(state)
+            check_flag(state.flag)
         if trace is not None:
             slots = state.slots[: self.num_programs * self.sizes.E].view(self.num_programs, -1)
             fill_trace(trace, records, slots, self.schedule, self.policy)
 
-    def again(self, tensors: Sequence[Any], return_router_logits: bool) -> Tensor | tuple[Tensor, Tensor] | None:
-        """A call of ``flash_decode`` that is as an earlier one was; ``None`` where there is no longer room for it."""
-        if self.device_index is not None and self.device_index != torch.cuda.current_device():
-            with torch.cuda.device(self.device_index):
-                return self.again(tensors, return_router_logits)
-        out = torch.empty_like(tensors[0])
-        logits = tensors[1].new_empty(self.sizes.T, self.sizes.E) if return_router_logits else None
-        try:
-            self(tensors, logits, out)
-        except (RuntimeError, OutOfResources) as error:
-            if not _is_want_of_room(error):
-                raise
-            return None
-        return out if logits is None else (out, logits)
+    @property
+    def flags(self) -> list[Tensor]:
+        return [state.flag for state in (*self.scratch.of_stream.values(), *self.scratch.of_graphs)]
 
     @property
     def _num_counters(self) -> int:
@@ -245,7 +243,7 @@ class Prepared:
     def _make_own(self, stream: int, is_capturing: bool) -> Own:
         """A stream's, which are kept, or a captured call's, whose buffers are in its graph's memory."""
         if is_capturing:
-            _captured.add(self)
+            captured.add(self)
         state = self.scratch.get(stream, is_capturing=is_capturing)
         buffers = self._make_buffers() if is_capturing else keep(self._make_buffers, self.device)
         records = state.flag  # which nobody writes without a trace
@@ -295,12 +293,3 @@ def _num_programs(device: torch.device, config: Config) -> int:
     if device.type != "cuda":
         return 1
     return config.programs * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _check_flag(state: State) -> None:
-    if state.flag.any():
-        state.flag.zero_()
-        raise RuntimeError(
-            f"flash_decode: expected every program to see the others' work within {MAX_POLLS} polls; one gave up, so "
-            "the output of this call, or of one before it on this stream, is wrong"
-        )
