@@ -740,7 +740,7 @@ def test_without_a_trace_there_is_no_code_of_it(policy, device):
     for trace in (None, Trace()):
         run_kernel(x, layer, policy, trace=trace)
         compiled = prepared_for(x, layer, policy, is_traced=trace is not None)._launch._compiled
-        reads_clock.append("globaltimer" in compiled.asm["ptx"])
+        reads_clock.append("globaltimer" in compiled.launched.asm["ptx"])
     assert reads_clock == [False, True]
 
 

@@ -26,13 +26,15 @@ class _Compiled(NamedTuple):
     constants: tuple[Any, ...]
     kernel: Any
     """Kept, so that no other kernel has its id."""
+    launched: Any
+    """Triton's compiled kernel, kept as long as its code is called."""
 
     @classmethod
     def of(cls, kernel: Any, launched: Any, constants: Sequence[Any], named: Mapping[str, Any]) -> "_Compiled":
         """``launched``: what Triton's own launch returned."""
         in_order = (named[name] for name in kernel.arg_names if name in named)
         before = (launched.function, launched.packed_metadata, None, None, None)
-        return cls(launched.run, before, (*constants, *in_order), kernel)
+        return cls(launched.run, before, (*constants, *in_order), kernel, launched)
 
 
 _remembered: dict[tuple[Any, ...], _Compiled] = {}
