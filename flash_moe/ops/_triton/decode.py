@@ -16,7 +16,7 @@ from triton.runtime.errors import OutOfResources
 from flash_moe._checks import debug_enabled
 from flash_moe._moe_layer import MoELayer, NoRoomError
 from flash_moe.ops._triton.counters import LINE, MAX_POLLS
-from flash_moe.ops._triton.decode_call import PreparedCall, captured, check_flag, is_want_of_room
+from flash_moe.ops._triton.decode_call import PreparedCall, check_flag, is_want_of_room
 from flash_moe.ops._triton.decode_config import Config, config_of, kernel_constants, tiles_of
 from flash_moe.ops._triton.decode_kernel import FEW, NUM_OWN, decode_kernel
 from flash_moe.ops._triton.decode_one import OneToken, takes_one
@@ -166,7 +166,6 @@ class Prepared(PreparedCall):
         self._arrays = keep(self._make_arrays, x.device)
         # Not a method of this object, which would then outlive its last reference.
         self.scratch = Scratch(partial(_make_states, self._state_lines(), x.device), x.device)
-        self._own_of_stream: dict[int, Own] = {}
         options: dict[str, Any] = {"num_warps": config.num_warps}
         if not INTERPRETED:
             # All programs at once or an error, since they wait for each other.
@@ -198,9 +197,8 @@ class Prepared(PreparedCall):
             slots = state.slots[: self.num_programs * self.sizes.E].view(self.num_programs, -1)
             fill_trace(trace, records, slots, self.schedule, self.policy)
 
-    @property
-    def flags(self) -> list[Tensor]:
-        return [state.flag for state in (*self.scratch.of_stream.values(), *self.scratch.of_graphs)]
+    def _flag(self, state: State) -> Tensor:
+        return state.flag
 
     @property
     def _num_counters(self) -> int:
@@ -240,22 +238,15 @@ class Prepared(PreparedCall):
     def _make_arrays(self) -> list[Tensor]:
         return [torch.tensor(each, dtype=torch.int32, device=self.device) for each in self.schedule.serialize()]
 
-    def _make_own(self, stream: int, is_capturing: bool) -> Own:
-        """A stream's, which are kept, or a captured call's, whose buffers are in its graph's memory."""
-        if is_capturing:
-            captured.add(self)
-        state = self.scratch.get(stream, is_capturing=is_capturing)
-        buffers = self._make_buffers() if is_capturing else keep(self._make_buffers, self.device)
+    def _own(self, state: State, buffers: Buffers) -> Own:
         records = state.flag  # which nobody writes without a trace
-        own = Own(state, buffers, Kept.of(*self._arrays, *state, *buffers[:-1], records))
-        if not is_capturing:
-            self._own_of_stream[stream] = own
-            for given_up in self._own_of_stream.keys() - self.scratch.of_stream.keys():
-                self._own_of_stream.pop(given_up, None)
-            if self.device_index is not None:
-                for array in self._arrays:  # made on the first call's stream
-                    array.record_stream(torch.cuda.current_stream(self.device))
-        return own
+        return Own(state, buffers, Kept.of(*self._arrays, *state, *buffers[:-1], records))
+
+    def _make_own(self, stream: int, is_capturing: bool) -> Own:
+        if not is_capturing and self.device_index is not None:
+            for array in self._arrays:  # made on the first call's stream
+                array.record_stream(torch.cuda.current_stream(self.device))
+        return super()._make_own(stream, is_capturing)
 
     def _make_buffers(self) -> Buffers:
         sizes, (activated_stride, product_stride) = self.sizes, self._strides

@@ -9,25 +9,54 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from flash_moe.ops._triton.counters import MAX_POLLS
+from flash_moe.ops._triton.scratch import Scratch, keep
 from flash_moe.schedule.tasks import Sizes
 
 
 class PreparedCall(ABC):
     """Calls that differ in the addresses of their tensors alone."""
 
+    scratch: Scratch[Any]
+    """States: what programs tell each other, of which a stream and each captured call has one to itself."""
+
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         self.sizes, self.device = sizes, device
         self.device_index: int | None = device.index
         self.has_launched = False
+        self._own_of_stream: dict[int, Any] = {}
 
     @abstractmethod
     def __call__(self, tensors: Sequence[Tensor | None], logits: Tensor | None, out: Tensor) -> None:
         """``tensors``: the hidden states, which are on the current device, and the layer's."""
 
-    @property
     @abstractmethod
+    def _make_buffers(self) -> Any:
+        """What nothing outlives a call in."""
+
+    @abstractmethod
+    def _own(self, state: Any, buffers: Any) -> Any:
+        """What launches of one stream, or of one call in a graph, take."""
+
+    @abstractmethod
+    def _flag(self, state: Any) -> Tensor:
+        """What is not zero where a program has given up waiting."""
+
+    @property
     def flags(self) -> list[Tensor]:
-        """Of each stream and graph what is not zero where a program has given up waiting."""
+        """Of each stream and graph."""
+        return [self._flag(state) for state in (*self.scratch.of_stream.values(), *self.scratch.of_graphs)]
+
+    def _make_own(self, stream: int, is_capturing: bool) -> Any:
+        """A stream's, which are kept, or a captured call's, whose buffers are in its graph's memory."""
+        if is_capturing:
+            captured.add(self)
+        state = self.scratch.get(stream, is_capturing=is_capturing)
+        own = self._own(state, self._make_buffers() if is_capturing else keep(self._make_buffers, self.device))
+        if not is_capturing:
+            self._own_of_stream[stream] = own
+            for given_up in self._own_of_stream.keys() - self.scratch.of_stream.keys():
+                self._own_of_stream.pop(given_up, None)
+        return own
 
     def again(self, tensors: Sequence[Any], return_router_logits: bool) -> Tensor | tuple[Tensor, Tensor] | None:
         """A call of ``flash_decode`` that is as an earlier one was; ``None`` where there is no longer room for it."""

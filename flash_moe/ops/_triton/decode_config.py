@@ -35,7 +35,12 @@ class Config(NamedTuple):
     @property
     def max_registers(self) -> int:
         """Of a thread, so that the programs fit."""
-        return min(255, REGISTERS // (32 * self.num_warps * self.programs) // 8 * 8)
+        return max_registers(self.num_warps, self.programs)
+
+
+def max_registers(num_warps: int, programs: int) -> int:
+    """Of a thread, so that so many programs fit a multiprocessor."""
+    return min(255, REGISTERS // (32 * num_warps * programs) // 8 * 8)
 
 
 def config_of(T: int, itemsize: int, weight_itemsize: int) -> Config:

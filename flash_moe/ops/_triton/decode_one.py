@@ -28,12 +28,13 @@ from torch import Tensor
 from flash_moe._checks import debug_enabled
 from flash_moe._moe_layer import MoELayer
 from flash_moe.ops._triton.counters import LINE, MAX_POLLS, arrive, wait_again
-from flash_moe.ops._triton.decode_call import PreparedCall, captured, check_flag
+from flash_moe.ops._triton.decode_call import PreparedCall, check_flag
+from flash_moe.ops._triton.decode_config import max_registers
 from flash_moe.ops._triton.decode_routing import NO_LOGIT, TINY_SUM, _score
 from flash_moe.ops._triton.math import INTERPRETED, accurate_exp, activation, round_for
 from flash_moe.ops._triton.ranking import LARGEST_KEY, SMALLEST_KEY, ordered_key, with_ids
 from flash_moe.ops._triton.relaunch import Kept, Relaunch
-from flash_moe.ops._triton.scratch import Scratch, current_stream, keep
+from flash_moe.ops._triton.scratch import Scratch, current_stream
 from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 from flash_moe.schedule.tasks import sizes_of
 
@@ -48,8 +49,6 @@ ID_MASK = tl.constexpr(8191)
 # What a thread loads at once, and how much of the router's row a program does.
 LOAD_NBYTES, ROW_NBYTES = 16, 4096
 WORD_NBYTES = 4
-# Of a multiprocessor.
-REGISTERS = 2**16
 
 
 class Config(NamedTuple):
@@ -67,7 +66,7 @@ class Config(NamedTuple):
     @property
     def max_registers(self) -> int:
         """Of a thread, so that the programs fit."""
-        return min(255, REGISTERS // (32 * self.num_warps * self.programs) // 8 * 8)
+        return max_registers(self.num_warps, self.programs)
 
 
 @triton.jit
@@ -338,7 +337,6 @@ class OneToken(PreparedCall):
         ]
         # Not a method of this object, which would then outlive its last reference.
         self.scratch = Scratch(partial(_make_counters, x.device), x.device)
-        self._own_of_stream: dict[int, _Own] = {}
 
     def __call__(self, tensors: Sequence[Tensor | None], logits: Tensor | None, out: Tensor) -> None:
         stream, is_capturing = current_stream(self.device_index)
@@ -350,25 +348,14 @@ class OneToken(PreparedCall):
         launch((*tensors[:5], own.logits if logits is None else logits, out), stream, own.kept)
         self.has_launched = True
         if debug_enabled() and not is_capturing:
-            check_flag(own.kept.tensors[0][FLAG.value * LINE.value])
+            check_flag(self._flag(own.kept.tensors[0]))
 
-    @property
-    def flags(self) -> list[Tensor]:
-        counters = (*self.scratch.of_stream.values(), *self.scratch.of_graphs)
-        return [each[FLAG.value * LINE.value :] for each in counters]
+    def _flag(self, state: Tensor) -> Tensor:
+        return state[FLAG.value * LINE.value :]
 
-    def _make_own(self, stream: int, is_capturing: bool) -> "_Own":
-        """A stream's, which are kept, or a captured call's, whose buffers are in its graph's memory."""
-        if is_capturing:
-            captured.add(self)
-        counters = self.scratch.get(stream, is_capturing=is_capturing)
-        activated, logits = self._make_buffers() if is_capturing else keep(self._make_buffers, self.device)
-        own = _Own(logits, Kept.of(counters, activated))
-        if not is_capturing:
-            self._own_of_stream[stream] = own
-            for given_up in self._own_of_stream.keys() - self.scratch.of_stream.keys():
-                self._own_of_stream.pop(given_up, None)
-        return own
+    def _own(self, state: Tensor, buffers: tuple[Tensor, Tensor]) -> "_Own":
+        activated, logits = buffers
+        return _Own(logits, Kept.of(state, activated))
 
     def _make_buffers(self) -> tuple[Tensor, Tensor]:
         activated = torch.empty(self.sizes.K, self.sizes.I, dtype=self._dtype, device=self.device)
