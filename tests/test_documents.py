@@ -336,6 +336,13 @@ def test_variables_are_documented():
     assert used | set(VARIABLES) <= set(documented)
 
 
+def test_layers_are_those_of_the_contract():
+    contract = re.search(r'containers = \["flash_moe"\]\nlayers = \[\n(.*?)\n\]', read(ROOT / "pyproject.toml"), re.S)[1]
+    layers = re.sub(r"[()]", "", " > ".join(re.findall(r'"(.+)"', contract)))
+    for path in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"):
+        assert layers in [" ".join(code.split()) for _, code in blocks(read(path), "text")], path.name
+
+
 def test_limits_of_the_router_kernel_are_the_documented_ones():
     text = read(ROOT / "docs" / "flash_router.md")
     assert f"K above {flash_router.MAX_TRITON_EXPERTS_PER_TOK:,}" in text
