@@ -272,6 +272,17 @@ def test_every_variant_matches_reference(T, H, E, K, dtype, variant, device):
     assert_accurate(*make_expert_inputs(T, H, E, K, dtype, device), "triton")
 
 
+@pytest.mark.parametrize(
+    "variant, bound", [("fused", 0.002), ("gather", 0.002), ("dense", 0.0025)], indirect=["variant"]
+)
+def test_relative_error_of_bfloat16(variant, bound, device):
+    """Rounding the output alone is 0.17 %; the dense product rounds each pair's coefficient, too."""
+    T, H, E, K = (512, 512, 256, 32) if device.type == "cuda" else (32, 64, 32, 8)
+    inputs, _ = make_expert_inputs(T, H, E, K, torch.bfloat16, device)
+    exact = expert_reference(*to_float64(inputs))
+    assert (flash_expert(*inputs, backend="triton") - exact).norm() <= bound * exact.norm()
+
+
 @overflow_is_fine
 @every_activation
 def test_every_variant_has_every_activation(hidden_act, variant, device):
