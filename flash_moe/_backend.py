@@ -24,9 +24,15 @@ def resolve_backend(requested: object, tensor: Tensor) -> Backend:
     if not isinstance(requested, str) or requested not in _NAMES:
         raise ValueError(f"backend: expected one of auto, {', '.join(_NAMES)}; got {requested!r}")
     backend = _NAMES[requested]
-    if backend is Backend.TRITON and (reason := why_not_triton(tensor.device.type)):
-        raise ValueError(f"backend: triton cannot run here: {reason}")
+    if backend is Backend.TRITON:
+        check_triton(tensor.device.type)
     return backend
+
+
+def check_triton(device_type: str) -> None:
+    """Raise ``ValueError``, with the reason and the cure, where the kernels cannot run on such tensors."""
+    if reason := why_not_triton(device_type):
+        raise ValueError(f"backend: expected torch or reference, since Triton cannot run here; got 'triton': {reason}")
 
 
 def why_not_triton(device_type: str) -> str | None:

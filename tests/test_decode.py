@@ -413,6 +413,12 @@ def test_errors_name_the_argument(changes, error, message):
         flash_decode(**arguments(**changes))
 
 
+def test_triton_asked_for_where_it_cannot_run():
+    given = {name: x.to("meta") if torch.is_tensor(x) else x for name, x in arguments().items()}
+    with pytest.raises(ValueError, match="^backend: expected torch or reference, since .*; got 'triton': the tensors are"):
+        flash_decode(**given, backend="triton")
+
+
 @pytest.mark.parametrize("name", ["hidden_states", "router_weight", "gate_up_proj", "down_proj", "shared_up_proj"])
 @every_backend
 def test_gradients_are_refused(name, backend):

@@ -114,6 +114,15 @@ def test_opcheck(name, backend, device):
     opcheck(getattr(torch.ops.flash_moe, name).default, samples(backend, device)[name])
 
 
+@every_op
+def test_triton_asked_for_where_it_cannot_run(op):
+    inputs, _ = make_inputs(op, "cpu")
+    inputs = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs]
+    message = "^backend: expected torch or reference, since Triton cannot run here; got 'triton': .* move them to a CUDA"
+    with pytest.raises(ValueError, match=message):
+        FUNCTIONS[op](*inputs, backend="triton")
+
+
 def routing_unnormed(logits, N, K):
     return routing_reference(logits, N, K, norm_topk_prob=False)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_moe._activations import check_activation
-from flash_moe._backend import why_not_triton
+from flash_moe._backend import check_triton, why_not_triton
 from flash_moe._checks import (
     check_bool,
     check_coefficient,
@@ -262,8 +262,8 @@ def _check_execution(x: Tensor, layer: MoELayer, backend: str, policy: str, trac
         raise ValueError(f"policy: expected one of auto, {', '.join(POLICIES)}; got {policy!r}")
     if trace is not None and not isinstance(trace, Trace):
         raise TypeError(f"trace: expected a Trace or None; got {type(trace).__name__}")
-    if backend == "triton" and (reason := why_not_triton(x.device.type)):
-        raise ValueError(f"backend: triton cannot run here: {reason}")
+    if backend == "triton":
+        check_triton(x.device.type)
     if trace is not None and backend == "triton" and not x.is_cuda:
         raise ValueError(
             'trace: expected None with backend="triton" in Triton\'s interpreter, which has no clock; got a Trace'
