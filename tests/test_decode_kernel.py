@@ -452,12 +452,35 @@ def test_no_trace_in_the_interpreter(device):
 
 
 @every_policy
-def test_every_policy_gives_the_same_bits(policy, device):
-    """Where the interpreter has one program whatever the policy, that each is taken; on a GPU, for real."""
+def test_every_policy_is_right(policy, device):
+    """The interpreter's one program is static whatever is asked for; ``test_decode_schedule.py`` has several programs."""
     for T in (1, 17) if device.type == "cuda" else (1,):
         x, layer = make_decode_inputs(T, 24, 20, 8, Routing(3), torch.bfloat16, device, shared_intermediate_size=8)
-        assert_right(x, layer, lambda x, layer: run_kernel(x, layer, policy))
-        assert torch.equal(run_kernel(x, layer, policy)[0], run_kernel(x, layer, "static")[0])
+        assert_right(x, layer, lambda x, layer, policy=policy: run_kernel(x, layer, policy))
+        assert prepared_for(x, layer, policy).policy == (policy if device.type == "cuda" else "static")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "static"])
+@pytest.mark.parametrize("T", [1, 17])
+def test_every_policy_gives_the_same_bits(T, policy, device):
+    x, layer = make_decode_inputs(T, 24, 20, 8, Routing(3), torch.bfloat16, device, shared_intermediate_size=8)
+    static, _ = run_kernel(x, layer, "static")
+    assert all(torch.equal(run_kernel(x, layer, policy)[0], static) for _ in range(20))
+
+
+@every_dtype
+@pytest.mark.parametrize("T", [1, 3])
+def test_auto_is_within_a_rounding_of_the_policies(T, dtype, device):
+    """For few tokens it takes a kernel of its own, whose sums have an order of their own."""
+    x, layer = make_decode_inputs(T, 72, 40, 8, Routing(3), dtype, device)
+    auto, logits = run_kernel(x, layer)
+    static, static_logits = run_kernel(x, layer, "static")
+    assert T > 1 or not isinstance(prepared_for(x, layer), kernel.Prepared)
+    assert torch.equal(logits, static_logits)
+    # 16-bit outputs are roundings of float32 sums that differ in their last bits.
+    bound = torch.finfo(dtype).eps * (16 if dtype is torch.float32 else 0.5)
+    assert (auto.double() - static.double()).norm() <= bound * static.double().norm()
 
 
 # On a GPU, at the size of Qwen3-30B-A3B
@@ -730,6 +753,17 @@ def test_trace(T, policy, device):
         by_program[span.program].append((span.start_ns, span.end_ns))
     for spans in map(sorted, by_program):
         assert all(before[1] <= after[0] for before, after in pairwise(spans))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_trace_shows_the_schedule_and_gives_its_bits(T, device):
+    """Where an untraced call takes the kernel without one, too."""
+    x, layer = qwen3(T, torch.bfloat16, device)
+    trace = Trace()
+    out, _ = run_kernel(x, layer, trace=trace)
+    assert trace.policy in POLICIES
+    assert all(torch.equal(out, run_kernel(x, layer, policy)[0]) for policy in POLICIES)
 
 
 @pytest.mark.gpu

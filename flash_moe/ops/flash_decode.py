@@ -96,11 +96,11 @@ def flash_decode(
             kernel of its own without a schedule, whose sums have an order of their own. Only "auto" where no schedule
             runs.
         trace: a ``Trace`` to fill with every task and every wait, for which the call waits; only where a schedule runs,
-            and always of one: "auto" is "static" then for one token.
+            and always of one: where "auto" would take the kernel without, the output differs by roundings then.
         return_router_logits: return the logits, too.
     Returns:
         ``[T, H]`` in ``hidden_states.dtype``, accumulated in float32; or that and the logits ``[T, E]``. The same bits
-        on every run.
+        on every run with the same ``policy``, and with or without a ``trace`` under one that is asked for by name.
     Raises:
         ValueError: a shape or device disagrees, an argument is out of range or belongs to another one that is missing,
             or a gradient would be asked for; the message names the argument, what was expected and what came.
