@@ -176,6 +176,8 @@ def test_trace_command_writes_three_files(policy, monkeypatch, capsys, tmp_path)
     printed = capsys.readouterr().out
     summary = (out / f"{stem}.txt").read_text()
     assert summary in printed
+    traced = f"traced: the schedule on a simulated GPU, policy {'static' if policy == 'auto' else policy}; an untraced call"
+    assert traced in summary
     assert "8 programs, logical time; T 4, H 64, I 32, E 16, K 4" in summary
     assert (out / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / f"{stem}.json").read_text())["otherData"]["policy"] in POLICIES
@@ -199,7 +201,9 @@ def test_with_a_gpu_its_kernel_is_traced(policy, monkeypatch, capsys, tmp_path):
     assert re.search(r"\d+ programs, GPU time in steps of \d+ ns; T 3, H 256, I 128, E 32, K 4", printed)
     (written,) = tmp_path.glob("*.json")
     found = json.loads(written.read_text())
-    assert found["otherData"]["policy"] in ((policy,) if policy != "auto" else POLICIES)
+    ran = found["otherData"]["policy"]
+    assert f"traced: the kernel that runs the schedule, policy {ran}; an untraced call with policy auto takes" in printed
+    assert ran in ((policy,) if policy != "auto" else POLICIES)
     kinds = {event["name"] for event in found["traceEvents"] if event.get("cat") == "task"}
     assert kinds - {"dispatch"} == {kind.name.lower() for kind in Kind}
     assert len(list(tmp_path.glob("*.png"))) == len(list(tmp_path.glob("*.txt"))) == 1

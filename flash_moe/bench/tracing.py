@@ -62,7 +62,8 @@ def trace(
     if policy not in ("auto", *POLICIES):
         raise ValueError(f"policy: expected one of auto, {', '.join(POLICIES)}; got {policy!r}")
     sizes = find_sizes(model, tokens)
-    if find_whether_to_simulate(is_simulated):
+    simulates = find_whether_to_simulate(is_simulated)
+    if simulates:
         found = simulate(sizes, policy, H200_SMS if programs is None else programs, seed)
     elif programs is None:
         found = trace_kernel(sizes, policy, seed)
@@ -71,13 +72,23 @@ def trace(
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"{model}_T{tokens}_{found.policy}"
     summary, json, picture = (stem.with_name(stem.name + ending) for ending in (".txt", ".json", ".png"))
-    summary.write_text(found.summary() + "\n", encoding="utf-8")
+    words = f"{found.summary()}\n{say_what_was_traced(found, simulates)}"
+    summary.write_text(words + "\n", encoding="utf-8")
     found.write_chrome(json)
     draw_timeline(found, picture)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(found.summary(), markup=False)
+    console.print(words, markup=False)
     for path in (summary, json, picture):
         console.print(f"wrote {path}", markup=False)
+
+
+def say_what_was_traced(found: Trace, is_simulated: bool) -> str:
+    """And that it is not always what a call without a trace runs."""
+    what = "the schedule on a simulated GPU" if is_simulated else "the kernel that runs the schedule"
+    return (
+        f"traced: {what}, policy {found.policy}; an untraced call with policy auto takes a kernel without a schedule for "
+        "few tokens, and no trace shows that one"
+    )
 
 
 def find_whether_to_simulate(asked: bool | None) -> bool:
