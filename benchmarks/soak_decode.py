@@ -1,6 +1,7 @@
 """A soak of flash_decode in one launch: many calls on changing tokens, eager and replayed, beside other work.
 
-Run: python benchmarks/soak_decode.py [--calls N] [--sizes HxIxExK] [--tokens N] [--policy P] [--seed N]      on a GPU
+Run: python benchmarks/soak_decode.py [--calls N] [--sizes HxIxExK] [--tokens N] [--policy P] [--seed N] [--out FILE]
+     on a GPU; `python benchmarks/tables.py` shows the rows in benchmarks/results/soak
 
 Before anything is counted, each number of tokens T has some inputs, each computed once alone and compared with the
 reference. Then several streams take turns: each replays a graph of calls with random T, which draws other inputs on
@@ -9,18 +10,21 @@ by bit on the GPU; the host waits only when it prints a line. Exit code 1 if a r
 """
 
 import argparse
+import json
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flash_moe import flash_decode
 from flash_moe._moe_layer import MoELayer, Routing
+from flash_moe.bench.machine import describe_machine
 from flash_moe.ops._triton import decode as kernel
 from flash_moe.schedule.policies import POLICIES
 from flash_moe.testing import decode_arguments, make_decode_inputs
@@ -186,12 +190,24 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--policy", choices=["auto", *POLICIES], default="auto")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commit", help="of the code; by default what git says")
+    parser.add_argument("--out", type=Path, help="append what came out to this .jsonl file")
     return parser.parse_args(arguments)
+
+
+def make_row(
+    args: argparse.Namespace, tokens: Sequence[int], counts: tuple[int, int, int, float], machine: dict[str, Any]
+) -> dict[str, Any]:
+    """What ``--out`` is given, of ``counts`` as ``soak`` has them."""
+    sizes = dict(zip("HIEK", args.sizes, strict=True))
+    row = {"op": "soak", "sizes": sizes, "dtype": args.dtype, "policy": args.policy, "tokens": list(tokens)}
+    return row | dict(zip(("calls", "wrong_rows", "flags", "seconds"), counts, strict=True)) | machine
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(arguments)
     (H, I, E, K), device, chance = args.sizes, torch.device("cuda"), random.Random(args.seed)
+    machine = describe_machine(device, args.commit) if args.out else {}  # raises before the soak, not after it
     pool, layer = make_decode_inputs(
         INPUTS * MAX_TOKENS, H, I, E, Routing(K), getattr(torch, args.dtype), device, args.seed
     )
@@ -202,10 +218,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{torch.cuda.get_device_name()}, policy {args.policy}, {args.dtype}, T {tokens}: results verified", flush=True
     )
     streams = [Stream(questions, decode, random.Random(args.seed + i)) for i in range(STREAMS)]
-    wrong = flags = 0
-    for done, wrong, flags, seconds in soak(args.calls, args.every, streams, Load(device, chance)):
+    counts = (0, 0, 0, 0.0)
+    for counts in soak(args.calls, args.every, streams, Load(device, chance)):
+        done, wrong, flags, seconds = counts
         print(f"{done:>9} calls  {wrong:>6} wrong rows  {flags:>4} flags  {seconds:>8.1f} s", flush=True)
-    return int(wrong > 0 or flags > 0)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(make_row(args, tokens, counts, machine)) + "\n")
+    return int(counts[1] > 0 or counts[2] > 0)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ NAME is one of
     loss curve       the picture of the GPU run, where one is committed
     gpu OP, cpu OP   the timings of one op or layer on that kind of device
     gpu flash_decode, cpu flash_decode   likewise by tokens; on a GPU beside its goals and serving engines
+    soak             the last run of benchmarks/soak_decode.py at each sizes on each GPU
     anchors OP       published times and goals of router, expert, mlp or layer beside ours, where the rows have them
 
 A timing row has op, case, backend, pass, time_us [p20, p50, p80], torch, commit, date, and gpu or cpu (a name; with
@@ -30,6 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 ANCHORS = Path("benchmarks/anchors.json")
 LOSS_CURVE = Path("benchmarks/results/train_gpu/loss.png")
+SOAKS = Path("benchmarks/results/soak")
 TIMING_FIELDS = ("op", "case", "backend", "pass", "time_us", "torch", "commit", "date")
 TRAINING_FIELDS = (
     "preset", "steps", "seconds", "heldout_bits_per_byte", "tokens_per_s", "params", "torch", "commit", "date"
@@ -68,6 +70,7 @@ WORDS = {
         "floor": "floor: the same bytes read once", "goal line": "goal", "in graph": "CUDA graph", "in eager": "eager",
         "decode note": "In brackets the share of the floor; bold where a goal holds",
         "decode anchors": "Engines' times",
+        "layer": "layer", "calls": "calls", "wrong_rows": "wrong rows", "flags": "waits given up",
     },
     "zh": {
         "none": "尚未提交任何数据。",
@@ -89,6 +92,7 @@ WORDS = {
         "floor": "下限：同样字节读一次", "goal line": "目标", "in graph": "CUDA graph", "in eager": "eager",
         "decode note": "括号内为占下限的比例；粗体表示达到目标",
         "decode anchors": "推理引擎的耗时",
+        "layer": "层", "calls": "调用次数", "wrong_rows": "错误行数", "flags": "放弃的等待",
     },
 }  # fmt: skip
 PASSES = {
@@ -212,10 +216,12 @@ def render_table(name: str, rows: Sequence[Row], language: str, root: Path, path
         return history_table([row for row in rows if table_of(row) == "training" and row.get("gpu")], words)
     if name == "profile":
         return profile_table([row for row in rows if row.get("profile") and row.get("gpu")][-1:], words)
+    if name == "soak":
+        return soak_table(root / SOAKS, words)
     if name.startswith("anchors "):
         return anchors_table(name.removeprefix("anchors "), rows, words, language, root)
     if name != "training" and not re.fullmatch(r"(gpu|cpu) \w+(: .+)?", name):
-        expected = "training, training history, profile, loss curve, gpu OP, cpu OP or anchors OP"
+        expected = "training, training history, profile, loss curve, soak, gpu OP, cpu OP or anchors OP"
         raise ValueError(f"{path.name}: expected the table {expected}; got {name!r}")
     table, _, sizes = name.partition(": ")  # "gpu FlashMoE: T 4096" is the cases that begin so
     chosen = [row for row in rows if table_of(row) == table and (not sizes or row["case"].startswith(f"{sizes}, "))]
@@ -266,6 +272,24 @@ def profile_table(rows: Sequence[Row], words: dict[str, str]) -> str:
     ]
     header = [words[key] for key in ("part", "ms", "step_share", "launches")]
     return markdown(header, lines, left=1) + caption(rows, words)
+
+
+def soak_table(folder: Path, words: dict[str, str]) -> str:
+    rows = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    if not rows:
+        return words["none"] + "\n"
+    last = last_of(rows, lambda row: (row["gpu"], str(row["sizes"]), row["dtype"], row["policy"]))
+    lines = [
+        [
+            f"{case({**row, 'case': row['sizes']})}, {row['policy']}",
+            ", ".join(map(str, row["tokens"])),
+            *(f"{row[key]:,}" for key in ("calls", "wrong_rows", "flags")),
+            f"{row['seconds']:,.0f} s",
+        ]
+        for row in last
+    ]
+    header = [words["layer"], "T", *(words[key] for key in ("calls", "wrong_rows", "flags", "seconds"))]
+    return markdown(header, lines, left=2) + caption(last, words)
 
 
 def timing_tables(rows: Sequence[Row], words: dict[str, str], language: str) -> str:

@@ -337,7 +337,8 @@ def test_variables_are_documented():
 
 
 def test_layers_are_those_of_the_contract():
-    contract = re.search(r'containers = \["flash_moe"\]\nlayers = \[\n(.*?)\n\]', read(ROOT / "pyproject.toml"), re.S)[1]
+    pyproject = read(ROOT / "pyproject.toml")
+    contract = re.search(r'containers = \["flash_moe"\]\nlayers = \[\n(.*?)\n\]', pyproject, re.S)[1]
     layers = re.sub(r"[()]", "", " > ".join(re.findall(r'"(.+)"', contract)))
     for path in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"):
         assert layers in [" ".join(code.split()) for _, code in blocks(read(path), "text")], path.name
@@ -531,6 +532,23 @@ def test_tables_of_8_bits_are_compared_with_those_of_16(root):
     text = written(root, "docs/quantized.md")
     assert "| T 1, relative error 0.17 %, bfloat16 | forward | triton | 0.020 (0.019 – 0.021) | 1.00 × |" in text
     assert "| T 1, relative error 3.81 %, int8 | forward | triton | 0.005 (0.004 – 0.006) | 4.00 × |" in text
+
+
+def test_the_last_soak_of_each_layer_is_shown(root):
+    (root / "docs" / "decode.md").write_text("<!-- table: soak -->\n<!-- /table -->\n")
+    assert "No row is committed yet.\n" in written(root, "docs/decode.md")
+    row = {
+        "op": "soak", "sizes": {"H": 64, "I": 32}, "dtype": "bfloat16", "policy": "auto", "tokens": [1, 128],
+        "calls": 1000032, "wrong_rows": 0, "flags": 0, "seconds": 245.5, "gpu": "An H200", "torch": "2.13.0",
+        "triton": "3.7.1", "commit": "0123456789abcdef", "date": "2026-01-02",
+    }  # fmt: skip
+    (root / tables.SOAKS).mkdir()
+    commit(root, {**row, "wrong_rows": 7}, row, {**row, "policy": "queue", "calls": 32}, file="soak/an_h200.jsonl")
+    lines = written(root, "docs/decode.md").splitlines()
+    assert "| layer | T | calls | wrong rows | waits given up | time |" in lines
+    assert "| H 64, I 32, bfloat16, auto | 1, 128 | 1,000,032 | 0 | 0 | 246 s |" in lines
+    assert "| H 64, I 32, bfloat16, queue | 1, 128 | 32 | 0 | 0 | 246 s |" in lines
+    assert "An H200, torch 2.13.0, triton 3.7.1, commit 0123456, 2026-01-02." in lines
 
 
 def test_history_has_every_run_on_a_gpu_and_the_profile_is_the_last_ones(root):

@@ -1,6 +1,7 @@
 """The soak of flash_decode in one launch, short: it passes, and it can fail."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,12 @@ def soak_decode():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", ["static", "queue", "actor"])
-def test_two_thousand_calls(policy, soak_decode, capsys):
-    assert soak_decode.main([*SIZES, "--policy", policy]) == 0
+def test_two_thousand_calls(policy, soak_decode, capsys, tmp_path):
+    out = tmp_path / "new" / "rows.jsonl"
+    assert soak_decode.main([*SIZES, "--policy", policy, "--out", str(out), "--commit", "0123456"]) == 0
+    row = json.loads(out.read_text())
+    assert (row["policy"], row["wrong_rows"], row["flags"], row["commit"]) == (policy, 0, 0, "0123456")
+    assert row["calls"] >= 2000
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.endswith("results verified")
     assert len(lines) == 2
@@ -57,3 +62,13 @@ def test_token_counts_reach_from_one_to_the_most(soak_decode):
         found = soak_decode.draw_token_counts(count, soak_decode.random.Random(0))
         assert len(set(found)) == count
         assert (min(found), max(found)) == (1, 128)
+
+
+def test_a_row_says_what_came_out(soak_decode):
+    args = soak_decode._parse(["--sizes", "64x32x16x4", "--policy", "queue"])
+    row = soak_decode.make_row(args, [1, 128], (1000, 0, 0, 2.5), {"gpu": "An H200", "commit": "0123456"})
+    assert row == {
+        "op": "soak", "sizes": {"H": 64, "I": 32, "E": 16, "K": 4}, "dtype": "bfloat16", "policy": "queue",
+        "tokens": [1, 128], "calls": 1000, "wrong_rows": 0, "flags": 0, "seconds": 2.5, "gpu": "An H200",
+        "commit": "0123456",
+    }  # fmt: skip
