@@ -6,8 +6,8 @@ Run: PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python b
      TRITON_INTERPRET=1 python benchmarks/sanitize.py NAME     the same without a GPU, in Triton's interpreter
 
 Without PyTorch's cache every tensor is an allocation of its own, so that what is read or written beside it is found.
-What the kernels compute is checked by the tests. Here a call fails only if a program has given up waiting or an id is out
-of range. The last line is "done NAME".
+What the kernels compute is checked by the tests; here a call fails if a program has given up waiting, if an id is out
+of range or if a repeated call of flash_decode gives other bits. The last line is "done NAME".
 """
 
 import argparse

@@ -415,7 +415,7 @@ def test_errors_name_the_argument(changes, error, message):
 
 def test_triton_asked_for_where_it_cannot_run():
     given = {name: x.to("meta") if torch.is_tensor(x) else x for name, x in arguments().items()}
-    with pytest.raises(ValueError, match="^backend: expected torch or reference, since .*; got 'triton': the tensors are"):
+    with pytest.raises(ValueError, match=r"^backend: expected torch or reference, since .*; got 'triton': the tensors"):
         flash_decode(**given, backend="triton")
 
 

@@ -453,7 +453,7 @@ def test_no_trace_in_the_interpreter(device):
 
 @every_policy
 def test_every_policy_is_right(policy, device):
-    """The interpreter's one program is static whatever is asked for; ``test_decode_schedule.py`` has several programs."""
+    """The interpreter's one program is static whatever is asked for; ``test_decode_schedule.py`` has several."""
     for T in (1, 17) if device.type == "cuda" else (1,):
         x, layer = make_decode_inputs(T, 24, 20, 8, Routing(3), torch.bfloat16, device, shared_intermediate_size=8)
         assert_right(x, layer, lambda x, layer, policy=policy: run_kernel(x, layer, policy))

@@ -4,6 +4,9 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
+
+from flash_moe._moe_layer import Routing
 
 pytest.importorskip("triton", reason="needs triton, which there is for Linux only")
 
@@ -37,7 +40,7 @@ def test_an_unknown_name_is_refused(sanitize, capsys):
 
 
 def test_different_bits_are_told(sanitize, monkeypatch):
-    outputs = iter([sanitize.torch.zeros(2), sanitize.torch.ones(2)])
+    outputs = iter([torch.zeros(2), torch.ones(2)])
     monkeypatch.setattr(sanitize, "flash_decode", lambda *_, **__: next(outputs))
     with pytest.raises(ValueError, match="flash_decode of 1 tokens: expected the same bits in every call; got others"):
-        sanitize._decode("auto", 1, (8, 4, 2), sanitize.Routing(1), sanitize.torch.float32, sanitize.torch.device("cpu"))
+        sanitize._decode("auto", 1, (8, 4, 2), Routing(1), torch.float32, torch.device("cpu"))

@@ -176,8 +176,8 @@ def test_trace_command_writes_three_files(policy, monkeypatch, capsys, tmp_path)
     printed = capsys.readouterr().out
     summary = (out / f"{stem}.txt").read_text()
     assert summary in printed
-    traced = f"traced: the schedule on a simulated GPU, policy {'static' if policy == 'auto' else policy}; an untraced call"
-    assert traced in summary
+    ran = "static" if policy == "auto" else policy
+    assert f"\ntraced: the schedule on a simulated GPU, policy {ran}; an untraced call with policy auto" in summary
     assert "8 programs, logical time; T 4, H 64, I 32, E 16, K 4" in summary
     assert (out / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / f"{stem}.json").read_text())["otherData"]["policy"] in POLICIES
@@ -202,7 +202,7 @@ def test_with_a_gpu_its_kernel_is_traced(policy, monkeypatch, capsys, tmp_path):
     (written,) = tmp_path.glob("*.json")
     found = json.loads(written.read_text())
     ran = found["otherData"]["policy"]
-    assert f"traced: the kernel that runs the schedule, policy {ran}; an untraced call with policy auto takes" in printed
+    assert f"\ntraced: the kernel that runs the schedule, policy {ran}; an untraced call with policy auto" in printed
     assert ran in ((policy,) if policy != "auto" else POLICIES)
     kinds = {event["name"] for event in found["traceEvents"] if event.get("cat") == "task"}
     assert kinds - {"dispatch"} == {kind.name.lower() for kind in Kind}

@@ -86,8 +86,8 @@ def say_what_was_traced(found: Trace, is_simulated: bool) -> str:
     """And that it is not always what a call without a trace runs."""
     what = "the schedule on a simulated GPU" if is_simulated else "the kernel that runs the schedule"
     return (
-        f"traced: {what}, policy {found.policy}; an untraced call with policy auto takes a kernel without a schedule for "
-        "few tokens, and no trace shows that one"
+        f"traced: {what}, policy {found.policy}; an untraced call with policy auto takes a kernel without a schedule "
+        "for few tokens, and no trace shows that one"
     )
 
 
