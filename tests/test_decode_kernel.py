@@ -47,6 +47,7 @@ from flash_moe.ops._triton import scratch as scratch_module
 from flash_moe.ops._triton.decode_kernel import ALL_SELECTED, LINE
 
 every_policy = pytest.mark.parametrize("policy", POLICIES)
+auto_and_every_policy = pytest.mark.parametrize("policy", ["auto", *POLICIES])
 SHARED = [(0, False), (40, False), (12, True)]
 FORMATS = [(dtype, scale) for scale in ("none", "row", "block") for dtype in DTYPES]
 
@@ -634,9 +635,10 @@ def test_what_a_graph_reads_is_kept_when_its_shape_is_forgotten(device, monkeypa
 
 
 @pytest.mark.gpu
-@every_policy
-def test_two_streams_at_once(policy, device):
-    inputs = [qwen3(T, torch.bfloat16, device, T) for T in (2, 32)]
+@auto_and_every_policy
+@pytest.mark.parametrize("tokens", [(2, 32), (1, 1)], ids=str)
+def test_two_streams_at_once(tokens, policy, device):
+    inputs = [qwen3(T, torch.bfloat16, device, seed) for seed, T in enumerate(tokens)]
     want = [run_kernel(*each, policy)[0] for each in inputs]
     streams = [torch.cuda.Stream() for _ in inputs]
     torch.cuda.synchronize()
@@ -669,11 +671,12 @@ def occupy(sms_left, ms, device):
 
 
 @pytest.mark.gpu
-@every_policy
+@auto_and_every_policy
+@pytest.mark.parametrize("tokens", [(1, 17), (1, 1)], ids=str)
 @pytest.mark.parametrize("sms_left", [0, 1, 20])
-def test_a_partly_filled_gpu(sms_left, policy, device):
+def test_a_partly_filled_gpu(sms_left, tokens, policy, device):
     """The launch waits until there is room for all of its programs, and so do two of them."""
-    inputs = [qwen3(T, torch.bfloat16, device, T) for T in (1, 17)]
+    inputs = [qwen3(T, torch.bfloat16, device, seed) for seed, T in enumerate(tokens)]
     want = [run_kernel(*each, policy)[0] for each in inputs]
     streams = [torch.cuda.Stream() for _ in range(3)]
     occupy(sms_left, 0.1, device)  # compiled before it matters
