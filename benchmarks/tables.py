@@ -7,10 +7,10 @@ NAME is one of
     training         the runs of flash-moe train, one line a run
     training history every run on a GPU, those before and those with another backend too
     profile          of the last run on a GPU that has one, what of a step's time goes to which part
+    soak             the last run of benchmarks/soak_decode.py of each layer on each GPU
     loss curve       the picture of the GPU run, where one is committed
     gpu OP, cpu OP   the timings of one op or layer on that kind of device
     gpu flash_decode, cpu flash_decode   likewise by tokens; on a GPU beside its goals and serving engines
-    soak             the last run of benchmarks/soak_decode.py at each sizes on each GPU
     anchors OP       published times and goals of router, expert, mlp or layer beside ours, where the rows have them
 
 A timing row has op, case, backend, pass, time_us [p20, p50, p80], torch, commit, date, and gpu or cpu (a name; with
@@ -212,12 +212,12 @@ def render_table(name: str, rows: Sequence[Row], language: str, root: Path, path
             return words["none"] + "\n"
         up = "../" * len(path.relative_to(root).parent.parts)
         return f"![{words['loss curve']}]({up}{LOSS_CURVE.as_posix()})\n"
+    if name == "soak":
+        return soak_table(root / SOAKS, words)
     if name == "training history":
         return history_table([row for row in rows if table_of(row) == "training" and row.get("gpu")], words)
     if name == "profile":
         return profile_table([row for row in rows if row.get("profile") and row.get("gpu")][-1:], words)
-    if name == "soak":
-        return soak_table(root / SOAKS, words)
     if name.startswith("anchors "):
         return anchors_table(name.removeprefix("anchors "), rows, words, language, root)
     if name != "training" and not re.fullmatch(r"(gpu|cpu) \w+(: .+)?", name):
@@ -272,24 +272,6 @@ def profile_table(rows: Sequence[Row], words: dict[str, str]) -> str:
     ]
     header = [words[key] for key in ("part", "ms", "step_share", "launches")]
     return markdown(header, lines, left=1) + caption(rows, words)
-
-
-def soak_table(folder: Path, words: dict[str, str]) -> str:
-    rows = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    if not rows:
-        return words["none"] + "\n"
-    last = last_of(rows, lambda row: (row["gpu"], str(row["sizes"]), row["dtype"], row["policy"]))
-    lines = [
-        [
-            f"{case({**row, 'case': row['sizes']})}, {row['policy']}",
-            ", ".join(map(str, row["tokens"])),
-            *(f"{row[key]:,}" for key in ("calls", "wrong_rows", "flags")),
-            f"{row['seconds']:,.0f} s",
-        ]
-        for row in last
-    ]
-    header = [words["layer"], "T", *(words[key] for key in ("calls", "wrong_rows", "flags", "seconds"))]
-    return markdown(header, lines, left=2) + caption(last, words)
 
 
 def timing_tables(rows: Sequence[Row], words: dict[str, str], language: str) -> str:
@@ -388,6 +370,24 @@ def launches(rows: Sequence[Row], backend: str) -> str:
     """Counted in the eager calls, at the fewest and at the most tokens."""
     counts = [row["launches"] for row in rows if row["backend"] == backend and row.get("launches")]
     return "" if not counts else " – ".join(map(str, dict.fromkeys((min(counts), max(counts)))))
+
+
+def soak_table(folder: Path, words: dict[str, str]) -> str:
+    rows = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    if not rows:
+        return words["none"] + "\n"
+    last = last_of(rows, lambda row: (row["gpu"], str(row["sizes"]), row["dtype"], row["policy"]))
+    lines = [
+        [
+            f"{case({**row, 'case': row['sizes']})}, {row['policy']}",
+            ", ".join(map(str, row["tokens"])),
+            *(f"{row[key]:,}" for key in ("calls", "wrong_rows", "flags")),
+            f"{row['seconds']:,.0f} s",
+        ]
+        for row in last
+    ]
+    header = [words["layer"], "T", *(words[key] for key in ("calls", "wrong_rows", "flags", "seconds"))]
+    return markdown(header, lines, left=2) + caption(last, words)
 
 
 def anchors_table(op: str, rows: Sequence[Row], words: dict[str, str], language: str, root: Path) -> str:
