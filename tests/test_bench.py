@@ -598,6 +598,40 @@ def test_dense_products_are_held_against_gathering(time_us, expected, tmp_path):
     assert line[8:] == ["3 × as fast as gathering", expected]
 
 
+@pytest.mark.parametrize(
+    "ours_us, theirs_us, goal, holds",
+    [
+        ((100.0, None), (98.0, 120.0), ": 0.098", "yes"),
+        ((102.0, None), (98.0, 120.0), ": 0.098", "no"),
+        ((100.0, 90.0), (98.0, 85.0), ": 0.098, 0.085", "no"),
+        ((100.0, 90.0), (None, None), "", "no"),
+    ],
+)
+def test_the_mlp_is_held_against_pytorch_in_each_way_that_both_were_measured(ours_us, theirs_us, goal, holds, tmp_path):
+    anchors = anchors_of("mlp")
+    against = [i for i, each in enumerate(anchors) if each.get("goal", {}).get("as_fast_as")]
+    assert len(against) == 6
+    anchor = anchors[against[0]]
+    rows = [
+        anchored_row(anchor, time_us, launch, backend=backend)
+        for backend, times in (("triton", ours_us), ("reference", theirs_us))
+        for time_us, launch in zip(times, ("eager", "graph"), strict=True)
+        if time_us and (backend == "triton" or launch == "eager" or ours_us[1])
+    ]
+    line = anchor_lines(tmp_path, "mlp", rows)[against[0]]
+    assert line[8:] == [f"as fast as torch.compile and cuBLAS{goal}", holds]
+
+
+def test_one_token_has_a_goal_in_a_graph_and_one_for_an_eager_call(tmp_path):
+    anchors = anchors_of("layer")
+    assert [(each["launch"], each["goal_ms"]) for each in anchors[:2]] == [("graph", 0.012), ("eager", 0.03)]
+    rows = [anchored_row(anchors[0], time_us, launch) for time_us, launch in ((13.0, "graph"), (29.0, "eager"))]
+    graph, eager = anchor_lines(tmp_path, "layer", rows)[:2]
+    assert graph[0] == "T 1, H 1024, I 4096, E 16384, K 64, CUDA graph, bfloat16"
+    assert graph[4:6] + graph[8:] == ["", "0.013", "0.012", "no"]
+    assert eager[4:6] + eager[8:] == ["0.029", "", "0.03", "yes"]
+
+
 def test_unknown_anchors_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"anchors.json: expected the anchors of 'coffee'; got none"):
         anchor_lines(tmp_path, "coffee", [])

@@ -34,7 +34,7 @@ NAMES = (*OURS, "reference", "pytorch_smart", "torch_compile", "liger")
 COMPILED = {
     "router": ("4096x128x64",),
     "expert": ("4096x1024x16384x64", "4096x1024x102400x512", "1x1024x16384x64"),
-    "mlp": ("4096x1024x4096",),
+    "mlp": ("4096x1024x4096", "16384x1024x1024", "8192x2048x8192", "4096x1024x4224"),
     "layer": ("4096x1024x4096x16384x64",),
 }
 COMPILER = "inductor"
