@@ -15,7 +15,7 @@ import torch
 import flash_moe
 from flash_moe import cli
 from flash_moe.bench import competitors, machine, plot, run
-from flash_moe.bench.cases import ANCHORS, LETTERS, SETS, SMALL, Case, find_cases, make_ids, make_inputs
+from flash_moe.bench.cases import ANCHORS, LETTERS, SETS, SMALL, Case, dense_case, find_cases, make_ids, make_inputs
 from flash_moe.bench.checks import MismatchError, check, check_replay
 from flash_moe.bench.roofs import Roofs
 from flash_moe.bench.rows import Bench, Refusal, Request, clock_moved
@@ -62,7 +62,7 @@ def test_default_cases_are_the_anchors_on_a_gpu_and_small_on_a_cpu():
         assert {case.sizes for case in find_cases(op, None, None, "cpu")} == set(SMALL[op])
         assert {case.dtype for case in find_cases(op, None, None, "cpu")} == {torch.float32}
     assert {case.dtype for case in find_cases("router", None, None, "cuda")} == {torch.float32, torch.bfloat16}
-    assert {case.T for case in find_cases("layer", None, None, "cuda")} >= {1, 4096, 65536}
+    assert {case.T for case in find_cases("layer", None, None, "cuda")} >= {1, 2, 4, 8, 16, 32, 64, 4096, 65536}
 
 
 def test_main_expert_case_comes_with_every_routing():
@@ -126,6 +126,23 @@ def test_work_counts_bytes_and_operations():
     layer = count_work(odd("layer"), FORWARD, inputs)
     assert layer.flops > 6 * T * H * I
     assert count_work(odd("layer"), BOTH, inputs).flops == 3 * layer.flops
+    assert count_work(odd("mlp"), BOTH, inputs).flops == 18 * T * H * I
+    assert count_work(odd("mlp"), BOTH, inputs).nbytes == 4 * (4 * T * H + 6 * H * I)
+
+
+def test_dense_mlp_has_as_many_multiplications_a_token_as_the_layer():
+    layer = Case("layer", (4096, 1024, 4096, 16384, 64), torch.bfloat16)
+    dense = dense_case(layer)
+    assert dense.sizes == (4096, 1024, 4224)
+    assert dense.sizes in ANCHORS["mlp"]
+    inputs = make_inputs(Case("mlp", (1, 1, 1), torch.bfloat16), CPU)
+    for which in (FORWARD, BOTH):
+        assert count_work(dense, which, inputs).flops == count_work(layer, which, inputs).flops
+
+
+def test_two_tokens_are_not_trained_on():
+    assert passes_of(Case("layer", (2, 8, 8, 4, 2), torch.bfloat16)) == (FORWARD,)
+    assert passes_of(Case("layer", (3, 8, 8, 4, 2), torch.bfloat16)) == (FORWARD, BOTH)
 
 
 def test_roofs_take_the_slowest_part_and_measure_it_once():
@@ -395,6 +412,23 @@ def test_short_calls_are_measured_in_a_graph_too(monkeypatch):
     assert not run._is_graphed(bench, small, other, FORWARD, [1.0] * 3)
     bench.timer = CpuTimer(0.001)
     assert not run._is_graphed(bench, small, ours, FORWARD, [1.0] * 3)
+
+
+def test_dense_mlp_beside_the_layer_has_rows_and_a_check_of_its_own(no_gpu, monkeypatch):
+    request = Request(["layer"], "4x16x24x9x3", ("reference", "dense_mlp"), seconds=1e-3, commit="abc")
+    rows = list(run_bench(request))
+    assert [(row["backend"], row["pass"]) for row in rows] == [
+        (backend, which) for backend in ("reference", "dense_mlp") for which in (FORWARD, BOTH)
+    ]
+    layer, dense = rows[0], rows[2]
+    assert {row["case"] for row in rows} == {layer["case"]}
+    assert dense["flops"] == 6 * 4 * 16 * 28  # I 24 and (2 * 3 + 2 * 3) / 3 more
+    assert dense["nbytes"] < layer["nbytes"]
+    assert set(dense["roof_parts_us"]) == {"stream", "matmul"}
+    wrong = lambda *args: flash_mlp(*args) * 1.02  # noqa: E731
+    monkeypatch.setitem(competitors.PUBLIC_OPS, "mlp", wrong)
+    (_, _, *refused) = run_bench(request)
+    assert [(each.backend, each.is_failure) for each in refused] == 2 * [("dense_mlp", True)]
 
 
 def test_every_competitor_has_its_own_inputs(no_gpu, monkeypatch):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_moe._backend import why_not_triton
-from flash_moe.bench.cases import LAYER_PARAMETERS, Case, Inputs, layer_config
+from flash_moe.bench.cases import LAYER_PARAMETERS, Case, Inputs, dense_case, layer_config
 from flash_moe.bench.work import BACKWARD, BOTH, FORWARD
 from flash_moe.modules.flash_moe import FlashMoE
 from flash_moe.ops.flash_expert import flash_expert
@@ -28,14 +28,17 @@ from flash_moe.ops.flash_mlp import flash_mlp
 from flash_moe.ops.flash_router import flash_router
 
 OURS = ("triton", "torch")
+# Ours as well, beside a layer: flash_mlp with as many multiplications a token, which computes another function.
+DENSE_MLP = "dense_mlp"
 # "reference" is PyTorch eager, the specification: it gathers [T, K, H] and sorts every candidate.
-NAMES = (*OURS, "reference", "pytorch_smart", "torch_compile", "liger")
+NAMES = (*OURS, "reference", "pytorch_smart", "torch_compile", "liger", DENSE_MLP)
 # Compiling takes longer than all else, so by default only these are compiled; --backend torch_compile compiles any.
 COMPILED = {
     "router": ("4096x128x64",),
     "expert": ("4096x1024x16384x64", "4096x1024x102400x512", "1x1024x16384x64"),
     "mlp": ("4096x1024x4096", "16384x1024x1024", "8192x2048x8192", "4096x1024x4224"),
-    "layer": ("4096x1024x4096x16384x64",),
+    # Not 65,536 tokens, where the reference alone takes 25 GB and a tenth of a second a call: a run is ten minutes.
+    "layer": tuple(f"{4**i}x1024x4096x16384x64" for i in range(8)),
 }
 COMPILER = "inductor"
 PUBLIC_OPS: dict[str, Callable[..., Any]] = {"router": flash_router, "expert": flash_expert, "mlp": flash_mlp}
@@ -81,10 +84,12 @@ class Competitor:
     """Takes the inputs and the pass."""
     captured: tuple[str, ...] = ()
     """The passes that a CUDA graph can hold: those without a synchronisation."""
+    computes: Case | None = None
+    """Of what computes something else than the case it stands beside: what it is checked, counted and bounded as."""
 
     @property
     def is_ours(self) -> bool:
-        return self.name in OURS
+        return self.name in (*OURS, DENSE_MLP)
 
 
 def find_competitors(case: Case, device: torch.device, names: tuple[str, ...]) -> list[Competitor]:
@@ -126,6 +131,9 @@ def free_competitor(name: str) -> None:
 
 
 def _competitor(case: Case, name: str, function: Callable[..., Any]) -> Competitor:
+    if name == DENSE_MLP:
+        dense = dense_case(case)
+        return Competitor(name, partial(_bind_op, dense, function), (FORWARD, BOTH), dense)
     captured: tuple[str, ...] = ()
     if name in OURS:
         captured = (FORWARD, BACKWARD, BOTH)
@@ -158,6 +166,7 @@ def _functions(case: Case, device: torch.device) -> dict[str, Callable[..., Any]
         functions: dict[str, Callable[..., Any]] = {
             name: partial(_make_layer, case, name, device) for name in (*OURS, "reference")
         }
+        functions[DENSE_MLP] = PUBLIC_OPS["mlp"]
         return functions | {"torch_compile": partial(_make_compiled_layer, case, device)}
     functions = {name: partial(PUBLIC_OPS[case.op], backend=name) for name in (*OURS, "reference")}
     if case.op == "router":
