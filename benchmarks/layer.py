@@ -1,5 +1,5 @@
-"""What stands beside the layer in its table and is no competitor of `flash-moe bench layer`, since it is the layer itself
-called in another way: through torch.compile, and in float32 under autocast.
+"""What stands beside the layer in its table and is no competitor of `flash-moe bench layer`, since it is the layer
+itself, called in another way: through torch.compile, and in float32 under autocast.
 
 Run: python benchmarks/layer.py --commit COMMIT --out FILE [--mode MODE] [--case TxHxIxExK]     on a GPU
 

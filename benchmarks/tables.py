@@ -376,7 +376,7 @@ def anchors_table(op: str, rows: Sequence[Row], words: dict[str, str], language:
     anchors = json.loads((root / ANCHORS).read_text(encoding="utf-8"))
     if op not in anchors or op in ("gpu", "measured", "decode"):
         raise ValueError(f"{ANCHORS.name}: expected the anchors of {op!r}; got none")
-    found = {anchored(row): row for row in rows if row.get("gpu") == anchors["gpu"] and "backend" in row and "op" in row}
+    found = {anchored(row): row for row in rows if "op" in row and row.get("gpu") == anchors["gpu"]}
     keys = ("case", "pass", "published", "pytorch", "ours", "graph", "roof", "share", "goal", "holds")
     lines, used = [], []
     for anchor in anchors[op]:
@@ -389,7 +389,7 @@ def anchors_table(op: str, rows: Sequence[Row], words: dict[str, str], language:
         best = graph or eager
         held = held_rows(anchor, eager, graph)
         against = [rivals(anchor, row, found) for row in held]
-        used += [row for row in (eager, graph, *sum(against, [])) if row]
+        used += [row for row in (eager, graph) if row] + [row for others in against for row in others]
         lines.append([
             anchor_case(anchor, words),
             PASSES[anchor["pass"]][language],

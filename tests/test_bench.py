@@ -709,6 +709,28 @@ def test_pictures_are_drawn_from_rows_alone(tmp_path):
     assert [bar.get_width() for bar in bars.patches] == [45.0] * len(read)
 
 
+def test_the_roof_beside_a_layer_is_the_layers():
+    rows = [row_at(T, 16, backend, roof_us=roof) for T in (1, 4) for backend, roof in (("triton", 5), ("dense_mlp", 3))]
+    (axes,) = plot.draw_times(rows, "T").axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert set(lines) == {"triton", "dense MLP, same arithmetic", "roof"}
+    assert lines["roof"] == [[1, 5], [4, 5]]
+
+
+def test_plot_reads_the_documents_rows_over_those_of_the_sweep(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "benchmarks" / "results"
+    (results / "sweep").mkdir(parents=True)
+    (results / "sweep" / "rows.jsonl").write_text("".join(json.dumps(row_at(T, 16)) + "\n" for T in (1, 16)))
+    (results / "a.jsonl").write_text(json.dumps(row_at(16, 16, time=20.0)) + "\n")
+    drawn = []
+    monkeypatch.setattr(plot, "draw_all", lambda rows, out, anchors: drawn.append((rows, anchors)) or [])
+    assert call(monkeypatch, "plot") == 0
+    ((rows, anchors),) = drawn
+    assert [(row["sizes"]["T"], row["time_us"][0]) for row in rows] == [(1, 10.0), (16, 20.0)]
+    assert anchors is None
+
+
 def test_what_does_not_vary_is_not_drawn_against():
     assert plot.draw_times([row_at(1, 16), row_at(16, 64)], "T") is None
     router = [{**row_at(4, 0), "op": "flash_router", "sizes": {"T": 4, "N": N, "K": 2}} for N in (8, 16)]

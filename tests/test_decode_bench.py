@@ -406,6 +406,35 @@ def test_pictures_are_drawn_from_rows_alone(tmp_path):
     assert plot.draw_launches([row for row in rows if row["launch"] == "graph"]) is None
 
 
+def test_goals_and_engines_stand_in_the_pictures(tmp_path):
+    anchors = json.loads((ROOT / "benchmarks" / "anchors.json").read_text())
+    rows = [
+        row_at(T, backend, launch) for T in (1, 3) for backend in ("triton", "vllm") for launch in ("graph", "eager")
+    ]
+    graph, eager = plot.draw_decode_times(rows, anchors["decode"]).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in graph.get_lines()}
+    assert set(lines) == {
+        "ours, auto", "vLLM", "roof", "goal",
+        *(f"{name} (measured apart)" for name in ("vLLM", "vLLM, tiles tuned again", "SGLang", "FlashInfer")),
+    }  # fmt: skip
+    assert lines["goal"][0] == [1, 21]
+    assert lines["SGLang (measured apart)"][-1] == [128, 309.8]
+    (eager_goal,) = (line for line in eager.get_lines() if line.get_label() == "goal")
+    assert eager_goal.get_xydata().tolist()[0] == [1, 32]
+    first, second = plot.draw_launches(rows, anchors["decode"]).axes
+    bars = dict(zip((label.get_text() for label in first.get_yticklabels()), first.patches, strict=True))
+    widths = {label: bar.get_width() for label, bar in bars.items()}
+    engines = {"FlashInfer (measured apart)": 7, "vLLM (measured apart)": 8, "SGLang (measured apart)": 9}
+    assert widths == {"ours, auto": 1, "vLLM": 1, **engines}
+    assert {"7", "7 – 8", "8 – 9"} <= {text.get_text().strip() for text in first.texts}
+    assert len(second.patches) == 2  # no engine was measured on three tokens
+    alone, with_anchors = (
+        plot.draw_all([row_at(1, gpu=gpu)], tmp_path / gpu, anchors)[0].stat().st_size
+        for gpu in ("Another", anchors["gpu"])
+    )
+    assert alone < with_anchors
+
+
 def decode_document(tmp_path, *rows):
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)

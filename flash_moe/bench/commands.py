@@ -21,6 +21,9 @@ from flash_moe.ops._triton.launch import FOLDER, table_name
 from flash_moe.schedule.policies import POLICIES
 
 RESULTS = Path("benchmarks", "results")
+ANCHORS = Path("benchmarks", "anchors.json")
+# Rows for the pictures alone.
+SWEEP = RESULTS / "sweep"
 # Not beside the rows that the documents show: every run adds to these.
 RUNS = RESULTS / "bench"
 BACKENDS = tuple(dict.fromkeys((*NAMES, *decode_competitors.NAMES)))
@@ -84,17 +87,22 @@ def plot(
     files: Annotated[list[Path] | None, typer.Argument(help=f"Rows; by default all under {RESULTS}.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = RESULTS / "plots",
 ) -> None:
-    """Draw time against T and against E, and shares of the roof, from the rows that flash-moe bench wrote."""
+    """Draw time against T and against E, and shares of the roof, from the rows that flash-moe bench wrote.
+
+    Of decode also launches, beside the goals and engines of benchmarks/anchors.json.
+    """
     from flash_moe.bench.plot import draw_all, read_rows
 
-    chosen = files or sorted([*RESULTS.glob("*.jsonl"), *RUNS.glob("*.jsonl")])
+    # Of rows that measure the same thing the last counts: those of the documents before those of the sweep.
+    chosen = files or [path for folder in (SWEEP, RESULTS, RUNS) for path in sorted(folder.glob("*.jsonl"))]
     rows = read_rows(chosen)
     if not rows:
         raise ValueError(
             f"files: expected rows of flash-moe bench in {', '.join(map(str, chosen)) or RESULTS}; got none"
         )
     console = Console(highlight=False, soft_wrap=True)
-    for path in draw_all(rows, out):
+    anchors = json.loads(ANCHORS.read_text(encoding="utf-8")) if ANCHORS.exists() else None
+    for path in draw_all(rows, out, anchors):
         console.print(f"drew {path}", markup=False)
 
 
