@@ -325,6 +325,19 @@ def test_wrong_numbers_get_no_row_and_exit_code_1(what, message, monkeypatch, ca
     assert message in printed
 
 
+def test_the_share_of_tied_rows_is_printed_once_a_case(monkeypatch, capsys, tmp_path, no_gpu, no_peers):
+    options = ["--backend", "torch", "--backend", "reference", "--case", f"{MODEL}:T1,2", "--dtype", "bfloat16"]
+    out = tmp_path / "rows.jsonl"
+    assert call(monkeypatch, "bench", "decode", *options, "--seconds", 0.001, "--commit", "abc", "--out", out) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    printed = capsys.readouterr().out.splitlines()
+    for T in (1, 2):
+        row = next(row for row in rows if row["sizes"]["T"] == T)
+        shares = f"{row['tied_pct']:.1f} % of the rows tie, of all to draw from {row['tied_pct_of_pool']:.1f} %"
+        assert printed.count(f"{MODEL}, T {T}, bfloat16: {shares}") == 1
+    assert sum("rows tie" in line for line in printed) == 2
+
+
 def test_our_difference_from_the_block_is_bounded():
     case = make_case()
     inputs = make_inputs(case)

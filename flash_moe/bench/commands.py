@@ -59,6 +59,7 @@ def bench(
     path = out or default_path()
     refusals = []
     count = 0
+    ties = None
     for found in run_bench(request):
         if isinstance(found, Refusal):
             refusals.append(found)
@@ -71,6 +72,9 @@ def bench(
             console.print(describe_run(found), markup=False)
             console.print(format_line([name for name, _ in COLUMNS]), style="bold", markup=False)
         count += 1
+        told, ties = ties, describe_ties(found)
+        if ties and ties != told:
+            console.print(ties, markup=False)
         console.print(format_row(found), markup=False)
         if clock_moved(found):
             before, after = found["sm_mhz"]
@@ -151,6 +155,14 @@ def describe_run(row: Row) -> str:
     where = f"{row['gpu']}, driver {row['driver']}" if row.get("gpu") else f"{row['cpu']}, {row['threads']} threads"
     copy = f"device copy {row['copy_gb_per_s'] / 1e3:.2f} TB/s"
     return f"{where}, torch {row['torch']}, triton {row['triton']}, commit {row['commit']}, {copy}"
+
+
+def describe_ties(row: Row) -> str | None:
+    """Of a case of decode, how many rows have a choice of experts that is nobody's to decide; the same at each row."""
+    if row.get("tied_pct") is None:
+        return None
+    case = f"{row['model']}, T {row['sizes']['T']}, {row['dtype']}"
+    return f"{case}: {row['tied_pct']:.1f} % of the rows tie, of all to draw from {row['tied_pct_of_pool']:.1f} %"
 
 
 def describe_refusal(refusal: Refusal) -> str:
