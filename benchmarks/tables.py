@@ -41,6 +41,11 @@ QUANTIZED, NOT_QUANTIZED = "_quantized", "bfloat16"
 ERROR = re.compile(r", relative error [\d.]+ %")
 OURS = "triton"
 DECODE = "flash_decode"
+# As flash-moe bench has it: with more between two readings, the SM clock moved under the measurement.
+CLOCK_TOLERANCE, CLOCK_MARK = 0.03, "†"
+# A launch and a chain of dependent loads take several microseconds whatever they move, so a call shorter than this is
+# bound by latency: what the same bytes take in a stream or a gather, each with a latency of its own, is no roof of it.
+LATENCY_BOUND_US = 10.0
 # By how much a time that is to be as good as another may be above it: medians of two runs differ by that.
 NOISE = 0.03
 MARKED = re.compile(r"(?P<open><!-- table: (?P<name>[^>]+?) -->\n)(?P<body>.*?)(?P<close><!-- /table -->)", re.DOTALL)
@@ -63,6 +68,8 @@ WORDS = {
         "repaired": "repaired", "broken": "does not compile; repaired", "refuses": "refuses K > N",
         "eager": "not in a graph; eager", "incomplete": "part of the output missing; repaired",
         "uniform": "as fast as uniform", "float32": "as fast as float32", "gathering": "× as fast as gathering",
+        "clock": "the SM clock moved by more than 3 % between the readings before and after",
+        "latency": "A time under 10 us is bound by latency and has no share of the roof",
         "peers": "as fast as torch.compile and cuBLAS",
         "anchors": "Published and PyTorch times",
         "implementation": "us a layer, T =", "experts hit": "distinct experts hit",
@@ -85,6 +92,8 @@ WORDS = {
         "repaired": "修复后", "broken": "无法编译；修复后", "refuses": "拒绝 K > N",
         "eager": "无法捕获；eager", "incomplete": "部分输出缺失；修复后",
         "uniform": "与均匀路由一样快", "float32": "与 float32 一样快", "gathering": "× 快于逐行读取",
+        "clock": "测量前后读到的 SM 时钟相差超过 3 %",
+        "latency": "耗时低于 10 us 的受延迟限制，不列占上限的比例",
         "peers": "不慢于 torch.compile 与 cuBLAS",
         "anchors": "已发布的与 PyTorch 的耗时",
         "implementation": "每层微秒，T =", "experts hit": "命中的不同专家数",
@@ -291,7 +300,7 @@ def timing_table(rows: Sequence[Row], words: dict[str, str], language: str) -> s
         before = baseline.get(compared(row))
         ratio = "" if before is None else f"{before / row['time_us'][1]:.2f} ×"
         numbers = ["" if row.get(key) is None else quantity(key, row[key]) for key in optional]
-        time = f"{p50} ({p20} – {p80})"
+        time = f"{p50}{clock_mark(row)} ({p20} – {p80})"
         lines.append([case(row), PASSES[row["pass"]][language], row["backend"], time, ratio, *numbers])
     return markdown(header, lines, left=3)
 
@@ -359,7 +368,7 @@ def decode_cell(row: Row | None, goal_us: float | None) -> str:
     text = f"{time_us:,.1f}" if time_us < 1000 else f"{time_us:,.0f}"
     if goal_us is not None and time_us <= goal_us:
         text = f"**{text}**"
-    return f"{text} ({100 * row['roof_us'] / time_us:.0f} %)"
+    return f"{text}{clock_mark(row)} ({100 * row['roof_us'] / time_us:.0f} %)"
 
 
 def launches(rows: Sequence[Row], backend: str) -> str:
@@ -388,24 +397,38 @@ def anchors_table(op: str, rows: Sequence[Row], words: dict[str, str], language:
         eager, graph = own.get("eager"), own.get("graph")
         best = graph or eager
         held = held_rows(anchor, eager, graph)
-        against = [rivals(anchor, row, found) for row in held]
-        used += [row for row in (eager, graph) if row] + [row for others in against for row in others]
+        against = [rival(anchor, row, found) for row in held]
+        used += [row for row in (eager, graph, *against) if row]
         lines.append([
             anchor_case(anchor, words),
             PASSES[anchor["pass"]][language],
             published(anchor, words),
             three_digits(min(anchor["pytorch_ms"].values())) if anchor.get("pytorch_ms") else "",
-            three_digits(eager["time_us"][1] / 1000) if eager else "",
-            three_digits(graph["time_us"][1] / 1000) if graph else "",
+            three_digits(eager["time_us"][1] / 1000) + clock_mark(eager) if eager else "",
+            three_digits(graph["time_us"][1] / 1000) + clock_mark(graph) if graph else "",
             three_digits(best["roof_us"] / 1000) if best else "",
-            f"{100 * best['roof_us'] / best['time_us'][1]:.0f} %" if best else "",
+            share_of_roof(best) if best else "",
             goal(anchor, against, words),
             words["yes" if goal_holds(anchor, held, against) else "no"] if best else "",
         ])  # fmt: skip
     made = {**anchors["measured"], "gpu": anchors["gpu"]}
     versions = f"{environment(made, words)}, {made['date']}"
     source = f"{words['anchors']}: {versions}{words['stop']}\n"
-    return markdown([words[key] for key in keys], lines, left=2) + (caption(used, words) if used else "\n") + source
+    short_ones = any(row["time_us"][1] < LATENCY_BOUND_US for row in used)
+    note = f"{words['latency']}{words['stop']}\n" if short_ones else ""
+    table = markdown([words[key] for key in keys], lines, left=2)
+    return table + (caption(used, words) if used else "\n") + note + source
+
+
+def share_of_roof(row: Row) -> str:
+    time_us = row["time_us"][1]
+    return "" if time_us < LATENCY_BOUND_US else f"{100 * row['roof_us'] / time_us:.0f} %"
+
+
+def clock_mark(row: Row) -> str:
+    before, after = row.get("sm_mhz") or (None, None)
+    moved = before and after and abs(after - before) > CLOCK_TOLERANCE * before
+    return CLOCK_MARK if moved else ""
 
 
 def anchored(row: Row) -> tuple[object, ...]:
@@ -444,36 +467,35 @@ def held_rows(anchor: Row, eager: Row | None, graph: Row | None) -> list[Row]:
     return [row for row in rows if row]
 
 
-def rivals(anchor: Row, row: Row, found: dict[tuple[object, ...], Row]) -> list[Row]:
-    """The rows that a relative goal names, measured in the same way as ``row``."""
+def rival(anchor: Row, row: Row, found: dict[tuple[object, ...], Row]) -> Row | None:
+    """The fastest of the rows that a relative goal names, measured in the same way as ``row``."""
     others = []
     for name, values in anchor.get("goal", {}).get("as_fast_as", {}).items():
         for value in values if isinstance(values, list) else [values]:
             others.append(found.get(anchored({**row, name: value})))
-    return [other for other in others if other]
+    return min((other for other in others if other), key=lambda other: other["time_us"][1], default=None)
 
 
-def goal(anchor: Row, against: Sequence[Sequence[Row]], words: dict[str, str]) -> str:
+def goal(anchor: Row, against: Sequence[Row | None], words: dict[str, str]) -> str:
     if "goal_ms" in anchor:
         return three_digits(anchor["goal_ms"])
     if "times_faster_than_gathering" in anchor["goal"]:
         return f"{anchor['goal']['times_faster_than_gathering']} {words['gathering']}"
     if is_against_peers(anchor):
-        fastest = [min(row["time_us"][1] for row in rows) for rows in against if rows]
-        times = ", ".join(three_digits(time_us / 1000) for time_us in fastest)
+        times = ", ".join(three_digits(row["time_us"][1] / 1000) + clock_mark(row) for row in against if row)
         return f"{words['peers']}: {times}" if times else words["peers"]
     (other,) = anchor["goal"]["as_fast_as"].values()
     return words[other]
 
 
-def goal_holds(anchor: Row, held: Sequence[Row], against: Sequence[Sequence[Row]]) -> bool:
-    """Whether all that is ``held`` takes no longer than the goal, or than the rows beside it in ``against``."""
+def goal_holds(anchor: Row, held: Sequence[Row], against: Sequence[Row | None]) -> bool:
+    """Whether all that is ``held`` takes no longer than the goal, or than the row beside it in ``against``."""
     if "goal_ms" in anchor:
         return all(row["time_us"][1] <= 1000 * anchor["goal_ms"] for row in held)
     if "times_faster_than_gathering" in anchor["goal"]:
         factor = anchor["goal"]["times_faster_than_gathering"]  # roof_gather_us is of the plainest gather of the rows
         return all(row["time_us"][1] * factor <= (row.get("roof_gather_us") or 0.0) for row in held)
-    pairs = [(row, other) for row, others in zip(held, against, strict=True) for other in others]
+    pairs = [(row, other) for row, other in zip(held, against, strict=True) if other]
     return bool(pairs) and all(row["time_us"][1] <= (1 + NOISE) * other["time_us"][1] for row, other in pairs)
 
 
@@ -512,7 +534,10 @@ def caption(rows: Sequence[Row], words: dict[str, str]) -> str:
         f"{environment(row, words)}, {words['commit']} {short(row['commit'])}, {row['date'][:10]}{words['stop']}"
         for row in rows
     )
-    return "\n" + "\n".join(dict.fromkeys(notes)) + "\n"
+    lines = list(dict.fromkeys(notes))
+    if any(map(clock_mark, rows)):
+        lines.append(f"{CLOCK_MARK} {words['clock']}{words['stop']}")
+    return "\n" + "\n".join(lines) + "\n"
 
 
 def short(commit: str) -> str:

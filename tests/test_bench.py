@@ -602,14 +602,33 @@ def test_times_stand_beside_goals(tmp_path):
     eager, slow = anchored_row(first, 8.5), anchored_row(first, 8.0, gpu="Another GPU")
     (line, *others) = anchor_lines(tmp_path, "router", [slow, eager])
     case = "T 4096, N 64, K 8, float32"
-    assert line == [case, "forward", "0.084", "0.104", "0.0085", "", "0.004", "47 %", "0.008", "no"]
+    assert line == [case, "forward", "0.084", "0.104", "0.0085", "", "0.004", "", "0.008", "no"]
     assert not any(other[4] for other in others)
     # The time in a graph decides, and the last row of a case counts.
     graph = anchored_row(first, 8.0, "graph")
     (line, *_) = anchor_lines(tmp_path, "router", [anchored_row(first, 9.0, "graph"), graph, eager])
-    assert line[4:] == ["0.0085", "0.008", "0.004", "50 %", "0.008", "yes"]
+    assert line[4:] == ["0.0085", "0.008", "0.004", "", "0.008", "yes"]
     (line, *_) = anchor_lines(tmp_path, "router", [graph], "zh")
     assert line[1::8] == ["前向", "是"]
+
+
+@pytest.mark.parametrize("time_us, share", [(9.9, ""), (10.0, "40 %")])
+def test_a_call_that_latency_bounds_has_no_share_of_the_roof(time_us, share, tmp_path):
+    (line, *_) = anchor_lines(tmp_path, "router", [anchored_row(anchors_of("router")[0], time_us)])
+    assert line[7] == share
+    text = (tmp_path / "README.md").read_text()
+    assert ("A time under 10 us is bound by latency and has no share of the roof.\n" in text) == (not share)
+
+
+@pytest.mark.parametrize("after, mark", [(1900, ""), (1800, "†"), (None, "")])
+def test_times_of_a_moved_clock_are_marked(after, mark, tmp_path):
+    row = anchored_row(anchors_of("router")[0], 20.0, sm_mhz=[1950, after])
+    (line, *_) = anchor_lines(tmp_path, "router", [row])
+    assert line[4] == f"0.02{mark}"
+    anchors, timings = (tmp_path / "README.md").read_text().split("<!-- /table -->")[:2]
+    assert f"| triton | 0.020{mark} (0.020 – 0.020) |" in timings
+    note = "† the SM clock moved by more than 3 %"
+    assert (note in anchors, note in timings) == (bool(mark), bool(mark))
 
 
 @pytest.mark.parametrize("uniform_us, expected", [(100.0, "yes"), (98.0, "yes"), (96.0, "no")])

@@ -470,12 +470,15 @@ def test_goals_stand_without_rows(tmp_path):
 
 def test_times_stand_beside_goals(tmp_path):
     rows = [row_at(1), row_at(2, time=39.0), row_at(1, launch="eager", time=30.0), row_at(4, "transformers_eager")]
+    rows.append(row_at(4, "triton_queue", sm_mhz=[1980, 1800]))
     lines = decode_document(tmp_path, row_at(1, time=1.0), *rows, row_at(3, gpu="Another GPU"))
     assert "| distinct experts hit | 8 | 8 | 8 |  |  |  |  |  |  |" in lines
     assert "| triton_static, CUDA graph | **20.0** (75 %) | 39.0 (38 %) |  |  |  |  |  |  | 1 |" in lines
     assert "| triton_static, eager | **30.0** (50 %) |" + "  |" * 7 + " 1 |" in lines
     assert "| transformers_eager, CUDA graph |  |  | 20.0 (75 %) |  |  |  |  |  |  |" in lines
     assert "| triton_static, CUDA graph | 20.0 (75 %) |  |" in lines  # another GPU has no goals
+    (moved,) = (line for line in lines if line.startswith("| triton_queue, CUDA graph |"))
+    assert "**20.0**† (75 %)" in moved
     first, second = (i for i, line in enumerate(lines) if line.startswith("qwen3-30b-a3b, bfloat16, "))
     assert "NVIDIA H200" in lines[first]
     assert "Another GPU" in lines[second]
