@@ -10,6 +10,7 @@ NAME is one of
     loss curve       the picture of the GPU run, where one is committed
     gpu OP, cpu OP   the timings of one op or layer on that kind of device
     gpu flash_decode, cpu flash_decode   likewise by tokens; on a GPU beside its goals and serving engines
+    sparse gradients the experts' backward with row-sparse gradients beside the same with dense ones
     anchors OP       published times and goals of router, expert, mlp or layer beside ours, where the rows have them
 
 A timing row has op, case, backend, pass, time_us [p20, p50, p80], torch, commit, date, and gpu or cpu (a name; with
@@ -40,6 +41,7 @@ BASELINE = "reference"
 QUANTIZED, NOT_QUANTIZED = "_quantized", "bfloat16"
 ERROR = re.compile(r", relative error [\d.]+ %")
 OURS = "triton"
+SPARSE_GRAD = "triton_sparse_grad"
 DECODE = "flash_decode"
 # As flash-moe bench has it: with more between two readings, the SM clock moved under the measurement.
 CLOCK_TOLERANCE, CLOCK_MARK = 0.03, "†"
@@ -223,10 +225,12 @@ def render_table(name: str, rows: Sequence[Row], language: str, root: Path, path
         return history_table([row for row in rows if table_of(row) == "training" and row.get("gpu")], words)
     if name == "profile":
         return profile_table([row for row in rows if row.get("profile") and row.get("gpu")][-1:], words)
+    if name == "sparse gradients":
+        return sparse_gradients_tables(rows, words, language)
     if name.startswith("anchors "):
         return anchors_table(name.removeprefix("anchors "), rows, words, language, root)
     if name != "training" and not re.fullmatch(r"(gpu|cpu) \w+(: .+)?", name):
-        expected = "training, training history, profile, loss curve, gpu OP, cpu OP or anchors OP"
+        expected = "training, training history, profile, loss curve, sparse gradients, gpu OP, cpu OP or anchors OP"
         raise ValueError(f"{path.name}: expected the table {expected}; got {name!r}")
     table, _, sizes = name.partition(": ")  # "gpu FlashMoE: T 4096" is the cases that begin so
     chosen = [row for row in rows if table_of(row) == table and (not sizes or row["case"].startswith(f"{sizes}, "))]
@@ -279,6 +283,13 @@ def profile_table(rows: Sequence[Row], words: dict[str, str]) -> str:
     return markdown(header, lines, left=1) + caption(rows, words)
 
 
+def sparse_gradients_tables(rows: Sequence[Row], words: dict[str, str], language: str) -> str:
+    pairs = [row for row in rows if row.get("gpu") and row.get("backend") in (OURS, SPARSE_GRAD)]
+    sparse = {measured(row) for row in pairs if row["backend"] == SPARSE_GRAD}
+    chosen = [row for row in pairs if "op" in row and measured(row) in sparse]
+    return timing_tables(chosen, words, language) if chosen else words["none"] + "\n"
+
+
 def timing_tables(rows: Sequence[Row], words: dict[str, str], language: str) -> str:
     """One table for each device and set of versions, each with its caption."""
     last = last_of(rows, lambda row: (*measured(row), row["backend"], environment(row, words)))
@@ -292,16 +303,17 @@ def timing_tables(rows: Sequence[Row], words: dict[str, str], language: str) -> 
 def timing_table(rows: Sequence[Row], words: dict[str, str], language: str) -> str:
     optional = [key for key in ("gb_per_s", "tflops", "peak_mib") if any(row.get(key) is not None for row in rows)]
     baseline = {compared(row): row["time_us"][1] for row in rows if is_baseline(row)}
-    header = [words[key] for key in ("case", "pass", "backend", "time", "ratio", *optional)]
+    ratio_column = ["ratio"] if baseline else []
+    header = [words[key] for key in ("case", "pass", "backend", "time", *ratio_column, *optional)]
     order = list(dict.fromkeys(case(row) for row in rows))
     lines = []
     for row in sorted(rows, key=lambda row: (order.index(case(row)), list(PASSES).index(row["pass"]))):
         p20, p50, p80 = (milliseconds(time) for time in row["time_us"])
         before = baseline.get(compared(row))
-        ratio = "" if before is None else f"{before / row['time_us'][1]:.2f} ×"
+        ratio = ["" if before is None else f"{before / row['time_us'][1]:.2f} ×"] if baseline else []
         numbers = ["" if row.get(key) is None else quantity(key, row[key]) for key in optional]
         time = f"{p50}{clock_mark(row)} ({p20} – {p80})"
-        lines.append([case(row), PASSES[row["pass"]][language], row["backend"], time, ratio, *numbers])
+        lines.append([case(row), PASSES[row["pass"]][language], row["backend"], time, *ratio, *numbers])
     return markdown(header, lines, left=3)
 
 

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from flash_moe.bench import competitors, machine, plot, run
 from flash_moe.bench.cases import ANCHORS, LETTERS, SETS, SMALL, Case, dense_case, find_cases, make_ids, make_inputs
 from flash_moe.bench.checks import MismatchError, check, check_replay
 from flash_moe.bench.roofs import Roofs
-from flash_moe.bench.rows import Bench, Refusal, Request, clock_moved
+from flash_moe.bench.rows import Bench, Refusal, Request, clock_moved, result_nbytes
 from flash_moe.bench.run import run_bench
 from flash_moe.bench.timing import CpuTimer, CudaTimer, percentiles
-from flash_moe.bench.work import BACKWARD, BOTH, FORWARD, count_work, passes_of
+from flash_moe.bench.work import BACKWARD, BOTH, FORWARD, count_work, gradient_rows, passes_of
 from flash_moe.ops.flash_expert import flash_expert
 from flash_moe.ops.flash_mlp import flash_mlp
 from flash_moe.ops.flash_router import flash_router
@@ -159,6 +160,45 @@ def test_roofs_take_the_slowest_part_and_measure_it_once():
     assert roofs.roof(odd("router"), FORWARD, inputs, work).gather_us is None
     layer = odd("layer")
     assert set(roofs.roof(layer, BOTH, make_inputs(layer, CPU), work).parts_us) >= {"stream", "matmul"}
+
+
+def test_row_sparse_gradients_count_the_rows_there_can_be():
+    few, many = (Case("expert", (4, 24, E, 3), torch.bfloat16, "uniform", sparse_grad=True) for E in (9, 5000))
+    inputs = make_inputs(few, CPU)
+    dense = count_work(replace(many, sparse_grad=False), BACKWARD, inputs)
+    assert (gradient_rows(few), gradient_rows(many)) == (9, 12)
+    work = count_work(many, BACKWARD, inputs)
+    assert dense.nbytes - work.nbytes == 2 * 2 * (5000 - 12) * 24 - 8 * 12
+
+
+def test_row_sparse_gradients_are_checked_like_dense_ones():
+    case = odd("expert")
+    for factor in (1.0, 1.02):
+        inputs, bound = bind(case, partial(flash_expert, backend="torch", sparse_grad=True))
+        bound.leaves[2].register_hook(lambda grad, factor=factor: grad * factor)
+        if factor == 1.0:
+            check(case, inputs, bound, BACKWARD, True)
+            results = bound.prepare(BACKWARD)()
+            assert [x.is_sparse for x in results] == [False, True, True, False]
+            check_replay(case, bound, BACKWARD, results)
+            with pytest.raises(MismatchError, match="replayed result 1"):
+                check_replay(case, bound, BACKWARD, (results[0], results[1] * 1.01, *results[2:]))
+        else:
+            with pytest.raises(MismatchError, match="dup"):
+                check(case, inputs, bound, BACKWARD, True)
+
+
+def test_row_sparse_gradients_are_measured_beside_dense_ones(no_gpu, monkeypatch):
+    find = lambda sizes, names=(): {  # noqa: E731
+        each.name: each for each in competitors.find_competitors(Case("expert", sizes, torch.float32), CPU, names)
+    }
+    monkeypatch.setattr(competitors, "why_not", lambda name, device: None)
+    main, other = ANCHORS["expert"][0], ODD["expert"]
+    assert "triton_sparse_grad" in find(main)
+    assert "triton_sparse_grad" not in find(other)
+    sparse = find(other, ("triton_sparse_grad",))["triton_sparse_grad"]
+    assert (sparse.passes, sparse.is_ours, sparse.computes.sparse_grad) == ((BACKWARD,), True, True)
+    assert {case.name for case in find_cases("expert", None, None, "cuda")} >= set(competitors.ROW_SPARSE)
 
 
 def test_what_dense_products_would_win_still_says_what_gathering_takes(monkeypatch):
@@ -377,6 +417,11 @@ def test_rows_of_every_op_are_complete(no_gpu):
     assert len(set(texts)) == len(texts)
 
 
+def test_results_take_what_they_hold():
+    table = torch.sparse_coo_tensor(torch.tensor([[5, 2, 5]]), torch.ones(3, 4), (1000, 4), check_invariants=True)
+    assert result_nbytes((torch.ones(7), None, table)) == 7 * 4 + 3 * 8 + 3 * 4 * 4
+
+
 def test_peak_memory_is_without_the_results(no_gpu):
     request = Request(["expert"], "64x64x100x32", ("reference",), ("fwd",), seconds=1e-3, commit="abc")
     (row,) = run_bench(request)
@@ -429,6 +474,19 @@ def test_dense_mlp_beside_the_layer_has_rows_and_a_check_of_its_own(no_gpu, monk
     monkeypatch.setitem(competitors.PUBLIC_OPS, "mlp", wrong)
     (_, _, *refused) = run_bench(request)
     assert [(each.backend, each.is_failure) for each in refused] == 2 * [("dense_mlp", True)]
+
+
+def test_row_sparse_gradients_have_rows_in_the_interpreter(no_gpu):
+    if competitors.why_not("triton", CPU) is not None:
+        pytest.skip("the kernels run on the GPU here")
+    request = Request(["expert"], "2x8x5x2", ("triton", "triton_sparse_grad"), seconds=1e-4, commit="abc")
+    rows = list(run_bench(request))
+    assert [(row["backend"], row["pass"]) for row in rows] == [
+        ("triton", FORWARD), ("triton", BACKWARD), ("triton_sparse_grad", BACKWARD)
+    ]  # fmt: skip
+    dense, sparse = rows[1:]
+    assert sparse["case"] == dense["case"]
+    assert dense["nbytes"] - sparse["nbytes"] == 2 * 4 * 8 - 8 * 4
 
 
 def test_every_competitor_has_its_own_inputs(no_gpu, monkeypatch):

@@ -38,6 +38,7 @@ ANCHORS: dict[str, tuple[Sizes, ...]] = {
         (1024, 1024, 4096, 32),
         (1024, 1024, 65536, 32),
         (8192, 2048, 1048576, 64),
+        (4096, 1024, 1048576, 64),
         (1, 1024, 16384, 64),
         (4096, 1024, 1024, 64),
         (4096, 1024, 4096, 128),
@@ -78,6 +79,8 @@ class Case:
     dtype: torch.dtype
     routing: str | None = None
     """Of the experts' ids, one of ``ROUTINGS``; elsewhere None."""
+    sparse_grad: bool = False
+    """Of experts: the tables' gradients are row-sparse."""
 
     @property
     def name(self) -> str:

@@ -76,11 +76,13 @@ def _run_case(
     counted: dict[Case, dict[str, tuple[Work, Roof]]] = {}
     for competitor in competitors:
         computed = competitor.computes or case
+        if not (measured := [which for which in passes if which in competitor.passes]):
+            continue
         if computed not in counted:
-            counted[computed] = _count(bench, computed, passes)
+            counted[computed] = _count(bench, computed, measured)
         bench.timer.free()
         inputs = make_inputs(computed, bench.device)  # its own, so that nobody depends on what another left
-        for which in passes:
+        for which in measured:
             for found in _measure(bench, case, competitor, which, inputs):
                 if isinstance(found, Refusal):
                     yield found

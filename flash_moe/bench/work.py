@@ -37,6 +37,12 @@ def passes_of(case: Case) -> tuple[str, ...]:
     return (FORWARD, BOTH) if case.T > 2 else (FORWARD,)
 
 
+def gradient_rows(case: Case) -> int:
+    """Of experts: how many rows the gradient of a table has."""
+    T, E, K = (case.by_letter[letter] for letter in "TEK")
+    return min(T * K, E) if case.sparse_grad else E
+
+
 def count_work(case: Case, which: str, inputs: Inputs) -> Work:
     """The least that pass ``which`` of ``case`` must do."""
     forward = which == FORWARD
@@ -58,14 +64,15 @@ def count_work(case: Case, which: str, inputs: Inputs) -> Work:
 
 
 def _expert_work(case: Case, forward: bool, ids: Tensor) -> Work:
-    T, H, E, K = case.sizes
+    T, H, _, K = case.sizes
     P, s = T * K, case.dtype.itemsize
     rows = 2 * int(torch.unique(ids).numel()) * H * s
     if forward:
         nbytes = 2 * T * H * s + rows + P * (ID_NBYTES + s)
         return Work(nbytes=nbytes, flops=4 * P * H, row_nbytes=2 * P * H * s)
-    # x, dout, dx; ids, weights and their gradient, saved pre-activations; two dense table gradients
-    nbytes = 3 * T * H * s + rows + P * (ID_NBYTES + 2 * s + FLOAT_NBYTES) + 2 * E * H * s
+    # x, dout, dx; ids, weights and their gradient, saved pre-activations; two table gradients, of sparse ones the ids
+    nbytes = 3 * T * H * s + rows + P * (ID_NBYTES + 2 * s + FLOAT_NBYTES) + 2 * gradient_rows(case) * H * s
+    nbytes += ID_NBYTES * gradient_rows(case) if case.sparse_grad else 0
     return Work(nbytes=nbytes, flops=8 * P * H, row_nbytes=4 * P * H * s)
 
 
