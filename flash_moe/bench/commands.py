@@ -59,7 +59,7 @@ def bench(
     path = out or default_path()
     refusals = []
     count = 0
-    ties = None
+    ties: str | None = None
     for found in run_bench(request):
         if isinstance(found, Refusal):
             refusals.append(found)

@@ -239,7 +239,8 @@ def _describe(row: Row) -> str:
 def _label(row: Row) -> str:
     if (row["op"], row["backend"]) == (OP_NAMES[DECODE], "triton"):
         return "ours, auto"  # beside those of ours that name their policy
-    return LABELS.get(row["backend"], row["backend"])
+    backend: str = row["backend"]
+    return LABELS.get(backend, backend)
 
 
 def _words(which: str) -> str:
