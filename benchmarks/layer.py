@@ -1,12 +1,11 @@
-"""What stands beside the layer in its table and is no competitor of `flash-moe bench layer`, since it computes more or
-less than that: the layer compiled, a layer in float32 under autocast, and a dense MLP of the same active arithmetic.
+"""What stands beside the layer in its table and is no competitor of `flash-moe bench layer`, since it is the layer
+itself, called in another way: through torch.compile, and in float32 under autocast.
 
 Run: python benchmarks/layer.py --commit COMMIT --out FILE [--mode MODE] [--case TxHxIxExK]     on a GPU
 
     eager     the layer as `flash-moe bench layer` has it, in the same process as the compiled one
     compiled  torch.compile(layer, fullgraph=True, dynamic=True): one compilation for all T from 2 on
     autocast  parameters and tokens in float32 under bfloat16 autocast, with norm_topk_prob: as flash-moe train runs it
-    dense     flash_mlp of the intermediate size that takes as many multiplications a token
 
 Forward is evaluation without gradients, forward and backward is training. Both are called eagerly and in a CUDA graph.
 A compiled layer is compared with the eager one before it is timed.
@@ -17,7 +16,6 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +26,8 @@ from flash_moe import FlashMoE, FlashMoEConfig
 from flash_moe.bench.cases import Sizes, parse_sizes
 from flash_moe.bench.machine import describe_machine
 from flash_moe.bench.timing import CudaTimer, percentiles
-from flash_moe.ops.flash_mlp import flash_mlp
 
-T_OF = {"eager": (1, 64, 4096), "compiled": (1, 64, 4096), "dense": tuple(4**i for i in range(9)), "autocast": (4096,)}
+T_OF = {"eager": (1, 64, 4096), "compiled": (1, 64, 4096), "autocast": (4096,)}
 SIZES = (1024, 4096, 16384, 64)
 IDLE_START_TOKENS = 64  # as in flash-moe bench: so few are timed on an idle GPU
 # Of the norm: both round to bfloat16, and a logit that rounds otherwise may choose another expert.
@@ -40,19 +37,6 @@ SECONDS = 0.2
 Call = Callable[[], Any]
 
 
-class DenseMLP(nn.Module):
-    """The routed experts' 2 K and the router's 2 N rows of H a token, as further rows of an MLP that has 3 I."""
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        H, I, E, K = sizes
-        width = I + round((2 * K + 2 * isqrt(E)) / 3)
-        self.projections = nn.ModuleList(nn.Linear(*ends, bias=False) for ends in ((H, width), (H, width), (width, H)))
-
-    def forward(self, x: Tensor) -> tuple[Tensor]:
-        return (flash_mlp(x, *(projection.weight for projection in self.projections)),)
-
-
 def make_layer(mode: str, sizes: Sizes) -> nn.Module:
     H, I, E, K = sizes
     config = FlashMoEConfig(
@@ -60,7 +44,7 @@ def make_layer(mode: str, sizes: Sizes) -> nn.Module:
     )
     torch.manual_seed(0)
     with torch.device("cuda"):
-        layer = DenseMLP(sizes) if mode == "dense" else FlashMoE(config)
+        layer = FlashMoE(config)
     return layer if mode == "autocast" else layer.to(torch.bfloat16)
 
 
@@ -106,7 +90,7 @@ def measure(mode: str, tokens: Sizes, sizes: Sizes, timer: CudaTimer) -> Iterato
     for which in ("forward", "forward_backward"):
         layer.train(which != "forward")
         for T in reversed(tokens):  # the largest first: a single token is compiled for itself
-            if T == 1 and which != "forward" and mode != "dense":
+            if T == 1 and which != "forward":
                 continue  # BatchNorm cannot train on one token
             bound = bind(mode, layer, call, T, sizes, which)
             if mode == "compiled":
@@ -123,7 +107,7 @@ def _row(mode: str, which: str, T: int, sizes: Sizes, launch: str, times: list[f
     return {
         "op": "FlashMoE",
         "case": f"T {T}, H {H}, I {I}, E {E}, K {K}{launch}",
-        "backend": "dense MLP" if mode == "dense" else f"triton, {mode}",
+        "backend": f"triton, {mode}",
         "pass": which,
         "dtype": "bfloat16",
         "time_us": [round(time, 3) for time in percentiles(times)],

@@ -11,6 +11,7 @@ NAME is one of
     loss curve       the picture of the GPU run, where one is committed
     gpu OP, cpu OP   the timings of one op or layer on that kind of device
     gpu flash_decode, cpu flash_decode   likewise by tokens; on a GPU beside its goals and serving engines
+    sparse gradients the experts' backward with row-sparse gradients beside the same with dense ones
     anchors OP       published times and goals of router, expert, mlp or layer beside ours, where the rows have them
 
 A timing row has op, case, backend, pass, time_us [p20, p50, p80], torch, commit, date, and gpu or cpu (a name; with
@@ -42,7 +43,13 @@ BASELINE = "reference"
 QUANTIZED, NOT_QUANTIZED = "_quantized", "bfloat16"
 ERROR = re.compile(r", relative error [\d.]+ %")
 OURS = "triton"
+SPARSE_GRAD = "triton_sparse_grad"
 DECODE = "flash_decode"
+# As flash-moe bench has it: with more between two readings, the SM clock moved under the measurement.
+CLOCK_TOLERANCE, CLOCK_MARK = 0.03, "†"
+# A launch and a chain of dependent loads take several microseconds whatever they move, so a call shorter than this is
+# bound by latency: what the same bytes take in a stream or a gather, each with a latency of its own, is no roof of it.
+LATENCY_BOUND_US = 10.0
 # By how much a time that is to be as good as another may be above it: medians of two runs differ by that.
 NOISE = 0.03
 MARKED = re.compile(r"(?P<open><!-- table: (?P<name>[^>]+?) -->\n)(?P<body>.*?)(?P<close><!-- /table -->)", re.DOTALL)
@@ -65,6 +72,9 @@ WORDS = {
         "repaired": "repaired", "broken": "does not compile; repaired", "refuses": "refuses K > N",
         "eager": "not in a graph; eager", "incomplete": "part of the output missing; repaired",
         "uniform": "as fast as uniform", "float32": "as fast as float32", "gathering": "× as fast as gathering",
+        "clock": "the SM clock moved by more than 3 % between the readings before and after",
+        "latency": "A time under 10 us is bound by latency and has no share of the roof",
+        "peers": "as fast as torch.compile and cuBLAS",
         "anchors": "Published and PyTorch times",
         "implementation": "us a layer, T =", "experts hit": "distinct experts hit",
         "floor": "floor: the same bytes read once", "goal line": "goal", "in graph": "CUDA graph", "in eager": "eager",
@@ -87,6 +97,9 @@ WORDS = {
         "repaired": "修复后", "broken": "无法编译；修复后", "refuses": "拒绝 K > N",
         "eager": "无法捕获；eager", "incomplete": "部分输出缺失；修复后",
         "uniform": "与均匀路由一样快", "float32": "与 float32 一样快", "gathering": "× 快于逐行读取",
+        "clock": "测量前后读到的 SM 时钟相差超过 3 %",
+        "latency": "耗时低于 10 us 的受延迟限制，不列占上限的比例",
+        "peers": "不慢于 torch.compile 与 cuBLAS",
         "anchors": "已发布的与 PyTorch 的耗时",
         "implementation": "每层微秒，T =", "experts hit": "命中的不同专家数",
         "floor": "下限：同样字节读一次", "goal line": "目标", "in graph": "CUDA graph", "in eager": "eager",
@@ -218,10 +231,12 @@ def render_table(name: str, rows: Sequence[Row], language: str, root: Path, path
         return history_table([row for row in rows if table_of(row) == "training" and row.get("gpu")], words)
     if name == "profile":
         return profile_table([row for row in rows if row.get("profile") and row.get("gpu")][-1:], words)
+    if name == "sparse gradients":
+        return sparse_gradients_tables(rows, words, language)
     if name.startswith("anchors "):
         return anchors_table(name.removeprefix("anchors "), rows, words, language, root)
     if name != "training" and not re.fullmatch(r"(gpu|cpu) \w+(: .+)?", name):
-        expected = "training, training history, profile, loss curve, soak, gpu OP, cpu OP or anchors OP"
+        expected = "training, training history, profile, loss curve, soak, sparse gradients, gpu OP, cpu OP or anchors OP"
         raise ValueError(f"{path.name}: expected the table {expected}; got {name!r}")
     table, _, sizes = name.partition(": ")  # "gpu FlashMoE: T 4096" is the cases that begin so
     chosen = [row for row in rows if table_of(row) == table and (not sizes or row["case"].startswith(f"{sizes}, "))]
@@ -274,6 +289,13 @@ def profile_table(rows: Sequence[Row], words: dict[str, str]) -> str:
     return markdown(header, lines, left=1) + caption(rows, words)
 
 
+def sparse_gradients_tables(rows: Sequence[Row], words: dict[str, str], language: str) -> str:
+    pairs = [row for row in rows if row.get("gpu") and row.get("backend") in (OURS, SPARSE_GRAD)]
+    sparse = {measured(row) for row in pairs if row["backend"] == SPARSE_GRAD}
+    chosen = [row for row in pairs if "op" in row and measured(row) in sparse]
+    return timing_tables(chosen, words, language) if chosen else words["none"] + "\n"
+
+
 def timing_tables(rows: Sequence[Row], words: dict[str, str], language: str) -> str:
     """One table for each device and set of versions, each with its caption."""
     last = last_of(rows, lambda row: (*measured(row), row["backend"], environment(row, words)))
@@ -287,16 +309,17 @@ def timing_tables(rows: Sequence[Row], words: dict[str, str], language: str) -> 
 def timing_table(rows: Sequence[Row], words: dict[str, str], language: str) -> str:
     optional = [key for key in ("gb_per_s", "tflops", "peak_mib") if any(row.get(key) is not None for row in rows)]
     baseline = {compared(row): row["time_us"][1] for row in rows if is_baseline(row)}
-    header = [words[key] for key in ("case", "pass", "backend", "time", "ratio", *optional)]
+    ratio_column = ["ratio"] if baseline else []
+    header = [words[key] for key in ("case", "pass", "backend", "time", *ratio_column, *optional)]
     order = list(dict.fromkeys(case(row) for row in rows))
     lines = []
     for row in sorted(rows, key=lambda row: (order.index(case(row)), list(PASSES).index(row["pass"]))):
         p20, p50, p80 = (milliseconds(time) for time in row["time_us"])
         before = baseline.get(compared(row))
-        ratio = "" if before is None else f"{before / row['time_us'][1]:.2f} ×"
+        ratio = ["" if before is None else f"{before / row['time_us'][1]:.2f} ×"] if baseline else []
         numbers = ["" if row.get(key) is None else quantity(key, row[key]) for key in optional]
-        time = f"{p50} ({p20} – {p80})"
-        lines.append([case(row), PASSES[row["pass"]][language], row["backend"], time, ratio, *numbers])
+        time = f"{p50}{clock_mark(row)} ({p20} – {p80})"
+        lines.append([case(row), PASSES[row["pass"]][language], row["backend"], time, *ratio, *numbers])
     return markdown(header, lines, left=3)
 
 
@@ -363,7 +386,7 @@ def decode_cell(row: Row | None, goal_us: float | None) -> str:
     text = f"{time_us:,.1f}" if time_us < 1000 else f"{time_us:,.0f}"
     if goal_us is not None and time_us <= goal_us:
         text = f"**{text}**"
-    return f"{text} ({100 * row['roof_us'] / time_us:.0f} %)"
+    return f"{text}{clock_mark(row)} ({100 * row['roof_us'] / time_us:.0f} %)"
 
 
 def launches(rows: Sequence[Row], backend: str) -> str:
@@ -391,46 +414,73 @@ def soak_table(folder: Path, words: dict[str, str]) -> str:
 
 
 def anchors_table(op: str, rows: Sequence[Row], words: dict[str, str], language: str, root: Path) -> str:
-    """A line for each case and pass of anchors.json, with our times on the same GPU where there are rows."""
+    """A line for each case and pass of anchors.json, with our times on the same GPU where there are rows.
+
+    An anchor with a launch has a goal for calls made that way alone.
+    """
     anchors = json.loads((root / ANCHORS).read_text(encoding="utf-8"))
     if op not in anchors or op in ("gpu", "measured", "decode"):
         raise ValueError(f"{ANCHORS.name}: expected the anchors of {op!r}; got none")
-    ours = {anchored(row): row for row in rows if row.get("gpu") == anchors["gpu"] and row.get("backend") == OURS}
+    found = {anchored(row): row for row in rows if "op" in row and row.get("gpu") == anchors["gpu"]}
     keys = ("case", "pass", "published", "pytorch", "ours", "graph", "roof", "share", "goal", "holds")
     lines, used = [], []
     for anchor in anchors[op]:
-        eager, graph = (ours.get(anchored({**anchor, "launch": launch})) for launch in ("eager", "graph"))
-        used += [row for row in (eager, graph) if row]
+        own = {
+            launch: found.get(anchored({**anchor, "launch": launch}))
+            for launch in ("eager", "graph")
+            if anchor.get("launch", launch) == launch
+        }
+        eager, graph = own.get("eager"), own.get("graph")
         best = graph or eager
+        held = held_rows(anchor, eager, graph)
+        against = [rival(anchor, row, found) for row in held]
+        used += [row for row in (eager, graph, *against) if row]
         lines.append([
-            anchor_case(anchor),
+            anchor_case(anchor, words),
             PASSES[anchor["pass"]][language],
             published(anchor, words),
             three_digits(min(anchor["pytorch_ms"].values())) if anchor.get("pytorch_ms") else "",
-            three_digits(eager["time_us"][1] / 1000) if eager else "",
-            three_digits(graph["time_us"][1] / 1000) if graph else "",
+            three_digits(eager["time_us"][1] / 1000) + clock_mark(eager) if eager else "",
+            three_digits(graph["time_us"][1] / 1000) + clock_mark(graph) if graph else "",
             three_digits(best["roof_us"] / 1000) if best else "",
-            f"{100 * best['roof_us'] / best['time_us'][1]:.0f} %" if best else "",
-            goal(anchor, words),
-            words["yes" if goal_holds(anchor, best, ours) else "no"] if best else "",
+            share_of_roof(best) if best else "",
+            goal(anchor, against, words),
+            words["yes" if goal_holds(anchor, held, against) else "no"] if best else "",
         ])  # fmt: skip
     made = {**anchors["measured"], "gpu": anchors["gpu"]}
     versions = f"{environment(made, words)}, {made['date']}"
     source = f"{words['anchors']}: {versions}{words['stop']}\n"
-    return markdown([words[key] for key in keys], lines, left=2) + (caption(used, words) if used else "\n") + source
+    short_ones = any(row["time_us"][1] < LATENCY_BOUND_US for row in used)
+    note = f"{words['latency']}{words['stop']}\n" if short_ones else ""
+    table = markdown([words[key] for key in keys], lines, left=2)
+    return table + (caption(used, words) if used else "\n") + note + source
+
+
+def share_of_roof(row: Row) -> str:
+    time_us = row["time_us"][1]
+    return "" if time_us < LATENCY_BOUND_US else f"{100 * row['roof_us'] / time_us:.0f} %"
+
+
+def clock_mark(row: Row) -> str:
+    before, after = row.get("sm_mhz") or (None, None)
+    moved = before and after and abs(after - before) > CLOCK_TOLERANCE * before
+    return CLOCK_MARK if moved else ""
 
 
 def anchored(row: Row) -> tuple[object, ...]:
     """What a row and an anchor have in common."""
     routing = row.get("routing") or "uniform"
     launch = row.get("launch") or "eager"
-    return row["op"], str(row.get("sizes")), row.get("dtype"), routing, row["pass"], launch
+    return row["op"], str(row.get("sizes")), row.get("dtype"), routing, row["pass"], launch, row.get("backend", OURS)
 
 
-def anchor_case(anchor: Row) -> str:
-    sizes = ", ".join(f"{name} {size}" for name, size in anchor["sizes"].items())
-    routing = anchor.get("routing", "uniform")
-    return f"{sizes}, {anchor['dtype']}" if routing == "uniform" else f"{sizes}, {routing}, {anchor['dtype']}"
+def anchor_case(anchor: Row, words: dict[str, str]) -> str:
+    parts = [f"{name} {size}" for name, size in anchor["sizes"].items()]
+    if anchor.get("routing", "uniform") != "uniform":
+        parts.append(anchor["routing"])
+    if "launch" in anchor:
+        parts.append(words[f"in {anchor['launch']}"])
+    return ", ".join([*parts, anchor["dtype"]])
 
 
 def published(anchor: Row, words: dict[str, str]) -> str:
@@ -441,25 +491,48 @@ def published(anchor: Row, words: dict[str, str]) -> str:
     return f"{words[note]} {text}".strip() if note else text
 
 
-def goal(anchor: Row, words: dict[str, str]) -> str:
+def is_against_peers(anchor: Row) -> bool:
+    return "backend" in anchor.get("goal", {}).get("as_fast_as", {})
+
+
+def held_rows(anchor: Row, eager: Row | None, graph: Row | None) -> list[Row]:
+    """Of ours those that a goal is held against: the time in a graph where there is one, but both beside peers, whose
+    compiled code is measured eagerly alone.
+    """
+    rows = (eager, graph) if is_against_peers(anchor) else (graph or eager,)
+    return [row for row in rows if row]
+
+
+def rival(anchor: Row, row: Row, found: dict[tuple[object, ...], Row]) -> Row | None:
+    """The fastest of the rows that a relative goal names, measured in the same way as ``row``."""
+    others = []
+    for name, values in anchor.get("goal", {}).get("as_fast_as", {}).items():
+        for value in values if isinstance(values, list) else [values]:
+            others.append(found.get(anchored({**row, name: value})))
+    return min((other for other in others if other), key=lambda other: other["time_us"][1], default=None)
+
+
+def goal(anchor: Row, against: Sequence[Row | None], words: dict[str, str]) -> str:
     if "goal_ms" in anchor:
         return three_digits(anchor["goal_ms"])
     if "times_faster_than_gathering" in anchor["goal"]:
         return f"{anchor['goal']['times_faster_than_gathering']} {words['gathering']}"
+    if is_against_peers(anchor):
+        times = ", ".join(three_digits(row["time_us"][1] / 1000) + clock_mark(row) for row in against if row)
+        return f"{words['peers']}: {times}" if times else words["peers"]
     (other,) = anchor["goal"]["as_fast_as"].values()
     return words[other]
 
 
-def goal_holds(anchor: Row, best: Row, ours: dict[tuple[object, ...], Row]) -> bool:
-    """By the time in a graph where there is one; a relative goal by the other row measured in the same way."""
-    time_us = best["time_us"][1]
+def goal_holds(anchor: Row, held: Sequence[Row], against: Sequence[Row | None]) -> bool:
+    """Whether all that is ``held`` takes no longer than the goal, or than the row beside it in ``against``."""
     if "goal_ms" in anchor:
-        return bool(time_us <= 1000 * anchor["goal_ms"])
+        return all(row["time_us"][1] <= 1000 * anchor["goal_ms"] for row in held)
     if "times_faster_than_gathering" in anchor["goal"]:
-        gather_us = best.get("roof_gather_us") or 0.0  # of the plainest gather of the same rows
-        return bool(time_us * anchor["goal"]["times_faster_than_gathering"] <= gather_us)
-    other = ours.get(anchored({**best, **anchor["goal"]["as_fast_as"]}))
-    return other is not None and bool(time_us <= (1 + NOISE) * other["time_us"][1])
+        factor = anchor["goal"]["times_faster_than_gathering"]  # roof_gather_us is of the plainest gather of the rows
+        return all(row["time_us"][1] * factor <= (row.get("roof_gather_us") or 0.0) for row in held)
+    pairs = [(row, other) for row, other in zip(held, against, strict=True) if other]
+    return bool(pairs) and all(row["time_us"][1] <= (1 + NOISE) * other["time_us"][1] for row, other in pairs)
 
 
 def measured(row: Row) -> tuple[str, str]:
@@ -497,7 +570,10 @@ def caption(rows: Sequence[Row], words: dict[str, str]) -> str:
         f"{environment(row, words)}, {words['commit']} {short(row['commit'])}, {row['date'][:10]}{words['stop']}"
         for row in rows
     )
-    return "\n" + "\n".join(dict.fromkeys(notes)) + "\n"
+    lines = list(dict.fromkeys(notes))
+    if any(map(clock_mark, rows)):
+        lines.append(f"{CLOCK_MARK} {words['clock']}{words['stop']}")
+    return "\n" + "\n".join(lines) + "\n"
 
 
 def short(commit: str) -> str:

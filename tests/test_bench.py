@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +16,13 @@ import torch
 import flash_moe
 from flash_moe import cli
 from flash_moe.bench import competitors, machine, plot, run
-from flash_moe.bench.cases import ANCHORS, LETTERS, SETS, SMALL, Case, find_cases, make_ids, make_inputs
+from flash_moe.bench.cases import ANCHORS, LETTERS, SETS, SMALL, Case, dense_case, find_cases, make_ids, make_inputs
 from flash_moe.bench.checks import MismatchError, check, check_replay
 from flash_moe.bench.roofs import Roofs
-from flash_moe.bench.rows import Bench, Refusal, Request, clock_moved
+from flash_moe.bench.rows import Bench, Refusal, Request, clock_moved, result_nbytes
 from flash_moe.bench.run import run_bench
 from flash_moe.bench.timing import CpuTimer, CudaTimer, percentiles
-from flash_moe.bench.work import BACKWARD, BOTH, FORWARD, count_work, passes_of
+from flash_moe.bench.work import BACKWARD, BOTH, FORWARD, count_work, gradient_rows, passes_of
 from flash_moe.ops.flash_expert import flash_expert
 from flash_moe.ops.flash_mlp import flash_mlp
 from flash_moe.ops.flash_router import flash_router
@@ -62,7 +63,7 @@ def test_default_cases_are_the_anchors_on_a_gpu_and_small_on_a_cpu():
         assert {case.sizes for case in find_cases(op, None, None, "cpu")} == set(SMALL[op])
         assert {case.dtype for case in find_cases(op, None, None, "cpu")} == {torch.float32}
     assert {case.dtype for case in find_cases("router", None, None, "cuda")} == {torch.float32, torch.bfloat16}
-    assert {case.T for case in find_cases("layer", None, None, "cuda")} >= {1, 4096, 65536}
+    assert {case.T for case in find_cases("layer", None, None, "cuda")} >= {1, 2, 4, 8, 16, 32, 64, 4096, 65536}
 
 
 def test_main_expert_case_comes_with_every_routing():
@@ -126,6 +127,23 @@ def test_work_counts_bytes_and_operations():
     layer = count_work(odd("layer"), FORWARD, inputs)
     assert layer.flops > 6 * T * H * I
     assert count_work(odd("layer"), BOTH, inputs).flops == 3 * layer.flops
+    assert count_work(odd("mlp"), BOTH, inputs).flops == 18 * T * H * I
+    assert count_work(odd("mlp"), BOTH, inputs).nbytes == 4 * (4 * T * H + 6 * H * I)
+
+
+def test_dense_mlp_has_as_many_multiplications_a_token_as_the_layer():
+    layer = Case("layer", (4096, 1024, 4096, 16384, 64), torch.bfloat16)
+    dense = dense_case(layer)
+    assert dense.sizes == (4096, 1024, 4224)
+    assert dense.sizes in ANCHORS["mlp"]
+    inputs = make_inputs(Case("mlp", (1, 1, 1), torch.bfloat16), CPU)
+    for which in (FORWARD, BOTH):
+        assert count_work(dense, which, inputs).flops == count_work(layer, which, inputs).flops
+
+
+def test_two_tokens_are_not_trained_on():
+    assert passes_of(Case("layer", (2, 8, 8, 4, 2), torch.bfloat16)) == (FORWARD,)
+    assert passes_of(Case("layer", (3, 8, 8, 4, 2), torch.bfloat16)) == (FORWARD, BOTH)
 
 
 def test_roofs_take_the_slowest_part_and_measure_it_once():
@@ -142,6 +160,45 @@ def test_roofs_take_the_slowest_part_and_measure_it_once():
     assert roofs.roof(odd("router"), FORWARD, inputs, work).gather_us is None
     layer = odd("layer")
     assert set(roofs.roof(layer, BOTH, make_inputs(layer, CPU), work).parts_us) >= {"stream", "matmul"}
+
+
+def test_row_sparse_gradients_count_the_rows_there_can_be():
+    few, many = (Case("expert", (4, 24, E, 3), torch.bfloat16, "uniform", sparse_grad=True) for E in (9, 5000))
+    inputs = make_inputs(few, CPU)
+    dense = count_work(replace(many, sparse_grad=False), BACKWARD, inputs)
+    assert (gradient_rows(few), gradient_rows(many)) == (9, 12)
+    work = count_work(many, BACKWARD, inputs)
+    assert dense.nbytes - work.nbytes == 2 * 2 * (5000 - 12) * 24 - 8 * 12
+
+
+def test_row_sparse_gradients_are_checked_like_dense_ones():
+    case = odd("expert")
+    for factor in (1.0, 1.02):
+        inputs, bound = bind(case, partial(flash_expert, backend="torch", sparse_grad=True))
+        bound.leaves[2].register_hook(lambda grad, factor=factor: grad * factor)
+        if factor == 1.0:
+            check(case, inputs, bound, BACKWARD, True)
+            results = bound.prepare(BACKWARD)()
+            assert [x.is_sparse for x in results] == [False, True, True, False]
+            check_replay(case, bound, BACKWARD, results)
+            with pytest.raises(MismatchError, match="replayed result 1"):
+                check_replay(case, bound, BACKWARD, (results[0], results[1] * 1.01, *results[2:]))
+        else:
+            with pytest.raises(MismatchError, match="dup"):
+                check(case, inputs, bound, BACKWARD, True)
+
+
+def test_row_sparse_gradients_are_measured_beside_dense_ones(no_gpu, monkeypatch):
+    find = lambda sizes, names=(): {  # noqa: E731
+        each.name: each for each in competitors.find_competitors(Case("expert", sizes, torch.float32), CPU, names)
+    }
+    monkeypatch.setattr(competitors, "why_not", lambda name, device: None)
+    main, other = ANCHORS["expert"][0], ODD["expert"]
+    assert "triton_sparse_grad" in find(main)
+    assert "triton_sparse_grad" not in find(other)
+    sparse = find(other, ("triton_sparse_grad",))["triton_sparse_grad"]
+    assert (sparse.passes, sparse.is_ours, sparse.computes.sparse_grad) == ((BACKWARD,), True, True)
+    assert {case.name for case in find_cases("expert", None, None, "cuda")} >= set(competitors.ROW_SPARSE)
 
 
 def test_what_dense_products_would_win_still_says_what_gathering_takes(monkeypatch):
@@ -360,6 +417,11 @@ def test_rows_of_every_op_are_complete(no_gpu):
     assert len(set(texts)) == len(texts)
 
 
+def test_results_take_what_they_hold():
+    table = torch.sparse_coo_tensor(torch.tensor([[5, 2, 5]]), torch.ones(3, 4), (1000, 4), check_invariants=True)
+    assert result_nbytes((torch.ones(7), None, table)) == 7 * 4 + 3 * 8 + 3 * 4 * 4
+
+
 def test_peak_memory_is_without_the_results(no_gpu):
     request = Request(["expert"], "64x64x100x32", ("reference",), ("fwd",), seconds=1e-3, commit="abc")
     (row,) = run_bench(request)
@@ -395,6 +457,36 @@ def test_short_calls_are_measured_in_a_graph_too(monkeypatch):
     assert not run._is_graphed(bench, small, other, FORWARD, [1.0] * 3)
     bench.timer = CpuTimer(0.001)
     assert not run._is_graphed(bench, small, ours, FORWARD, [1.0] * 3)
+
+
+def test_dense_mlp_beside_the_layer_has_rows_and_a_check_of_its_own(no_gpu, monkeypatch):
+    request = Request(["layer"], "4x16x24x9x3", ("reference", "dense_mlp"), seconds=1e-3, commit="abc")
+    rows = list(run_bench(request))
+    assert [(row["backend"], row["pass"]) for row in rows] == [
+        (backend, which) for backend in ("reference", "dense_mlp") for which in (FORWARD, BOTH)
+    ]
+    layer, dense = rows[0], rows[2]
+    assert {row["case"] for row in rows} == {layer["case"]}
+    assert dense["flops"] == 6 * 4 * 16 * 28  # I 24 and (2 * 3 + 2 * 3) / 3 more
+    assert dense["nbytes"] < layer["nbytes"]
+    assert set(dense["roof_parts_us"]) == {"stream", "matmul"}
+    wrong = lambda *args: flash_mlp(*args) * 1.02  # noqa: E731
+    monkeypatch.setitem(competitors.PUBLIC_OPS, "mlp", wrong)
+    (_, _, *refused) = run_bench(request)
+    assert [(each.backend, each.is_failure) for each in refused] == 2 * [("dense_mlp", True)]
+
+
+def test_row_sparse_gradients_have_rows_in_the_interpreter(no_gpu):
+    if competitors.why_not("triton", CPU) is not None:
+        pytest.skip("the kernels run on the GPU here")
+    request = Request(["expert"], "2x8x5x2", ("triton", "triton_sparse_grad"), seconds=1e-4, commit="abc")
+    rows = list(run_bench(request))
+    assert [(row["backend"], row["pass"]) for row in rows] == [
+        ("triton", FORWARD), ("triton", BACKWARD), ("triton_sparse_grad", BACKWARD)
+    ]  # fmt: skip
+    dense, sparse = rows[1:]
+    assert sparse["case"] == dense["case"]
+    assert dense["nbytes"] - sparse["nbytes"] == 2 * 4 * 8 - 8 * 4
 
 
 def test_every_competitor_has_its_own_inputs(no_gpu, monkeypatch):
@@ -568,14 +660,33 @@ def test_times_stand_beside_goals(tmp_path):
     eager, slow = anchored_row(first, 8.5), anchored_row(first, 8.0, gpu="Another GPU")
     (line, *others) = anchor_lines(tmp_path, "router", [slow, eager])
     case = "T 4096, N 64, K 8, float32"
-    assert line == [case, "forward", "0.084", "0.104", "0.0085", "", "0.004", "47 %", "0.008", "no"]
+    assert line == [case, "forward", "0.084", "0.104", "0.0085", "", "0.004", "", "0.008", "no"]
     assert not any(other[4] for other in others)
     # The time in a graph decides, and the last row of a case counts.
     graph = anchored_row(first, 8.0, "graph")
     (line, *_) = anchor_lines(tmp_path, "router", [anchored_row(first, 9.0, "graph"), graph, eager])
-    assert line[4:] == ["0.0085", "0.008", "0.004", "50 %", "0.008", "yes"]
+    assert line[4:] == ["0.0085", "0.008", "0.004", "", "0.008", "yes"]
     (line, *_) = anchor_lines(tmp_path, "router", [graph], "zh")
     assert line[1::8] == ["前向", "是"]
+
+
+@pytest.mark.parametrize("time_us, share", [(9.9, ""), (10.0, "40 %")])
+def test_a_call_that_latency_bounds_has_no_share_of_the_roof(time_us, share, tmp_path):
+    (line, *_) = anchor_lines(tmp_path, "router", [anchored_row(anchors_of("router")[0], time_us)])
+    assert line[7] == share
+    text = (tmp_path / "README.md").read_text()
+    assert ("A time under 10 us is bound by latency and has no share of the roof.\n" in text) == (not share)
+
+
+@pytest.mark.parametrize("after, mark", [(1900, ""), (1800, "†"), (None, "")])
+def test_times_of_a_moved_clock_are_marked(after, mark, tmp_path):
+    row = anchored_row(anchors_of("router")[0], 20.0, sm_mhz=[1950, after])
+    (line, *_) = anchor_lines(tmp_path, "router", [row])
+    assert line[4] == f"0.02{mark}"
+    anchors, timings = (tmp_path / "README.md").read_text().split("<!-- /table -->")[:2]
+    assert f"| triton | 0.020{mark} (0.020 – 0.020) |" in timings
+    note = "† the SM clock moved by more than 3 %"
+    assert (note in anchors, note in timings) == (bool(mark), bool(mark))
 
 
 @pytest.mark.parametrize("uniform_us, expected", [(100.0, "yes"), (98.0, "yes"), (96.0, "no")])
@@ -596,6 +707,40 @@ def test_dense_products_are_held_against_gathering(time_us, expected, tmp_path):
     dense = next(i for i, each in enumerate(anchors) if each.get("goal") == {"times_faster_than_gathering": 3})
     line = anchor_lines(tmp_path, "expert", [anchored_row(anchors[dense], time_us)])[dense]
     assert line[8:] == ["3 × as fast as gathering", expected]
+
+
+@pytest.mark.parametrize(
+    "ours_us, theirs_us, goal, holds",
+    [
+        ((100.0, None), (98.0, 120.0), ": 0.098", "yes"),
+        ((102.0, None), (98.0, 120.0), ": 0.098", "no"),
+        ((100.0, 90.0), (98.0, 85.0), ": 0.098, 0.085", "no"),
+        ((100.0, 90.0), (None, None), "", "no"),
+    ],
+)
+def test_the_mlp_is_held_against_pytorch_in_each_way_that_both_were_measured(ours_us, theirs_us, goal, holds, tmp_path):
+    anchors = anchors_of("mlp")
+    against = [i for i, each in enumerate(anchors) if each.get("goal", {}).get("as_fast_as")]
+    assert len(against) == 6
+    anchor = anchors[against[0]]
+    rows = [
+        anchored_row(anchor, time_us, launch, backend=backend)
+        for backend, times in (("triton", ours_us), ("reference", theirs_us))
+        for time_us, launch in zip(times, ("eager", "graph"), strict=True)
+        if time_us and (backend == "triton" or launch == "eager" or ours_us[1])
+    ]
+    line = anchor_lines(tmp_path, "mlp", rows)[against[0]]
+    assert line[8:] == [f"as fast as torch.compile and cuBLAS{goal}", holds]
+
+
+def test_one_token_has_a_goal_in_a_graph_and_one_for_an_eager_call(tmp_path):
+    anchors = anchors_of("layer")
+    assert [(each["launch"], each["goal_ms"]) for each in anchors[:2]] == [("graph", 0.012), ("eager", 0.03)]
+    rows = [anchored_row(anchors[0], time_us, launch) for time_us, launch in ((13.0, "graph"), (29.0, "eager"))]
+    graph, eager = anchor_lines(tmp_path, "layer", rows)[:2]
+    assert graph[0] == "T 1, H 1024, I 4096, E 16384, K 64, CUDA graph, bfloat16"
+    assert graph[4:6] + graph[8:] == ["", "0.013", "0.012", "no"]
+    assert eager[4:6] + eager[8:] == ["0.029", "", "0.03", "yes"]
 
 
 def test_unknown_anchors_are_refused(tmp_path):
@@ -639,6 +784,28 @@ def test_pictures_are_drawn_from_rows_alone(tmp_path):
     assert axes.get_xlabel() == "E"
     bars = plot.draw_shares(read).axes[0]
     assert [bar.get_width() for bar in bars.patches] == [45.0] * len(read)
+
+
+def test_the_roof_beside_a_layer_is_the_layers():
+    rows = [row_at(T, 16, backend, roof_us=roof) for T in (1, 4) for backend, roof in (("triton", 5), ("dense_mlp", 3))]
+    (axes,) = plot.draw_times(rows, "T").axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert set(lines) == {"triton", "dense MLP, same arithmetic", "roof"}
+    assert lines["roof"] == [[1, 5], [4, 5]]
+
+
+def test_plot_reads_the_documents_rows_over_those_of_the_sweep(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "benchmarks" / "results"
+    (results / "sweep").mkdir(parents=True)
+    (results / "sweep" / "rows.jsonl").write_text("".join(json.dumps(row_at(T, 16)) + "\n" for T in (1, 16)))
+    (results / "a.jsonl").write_text(json.dumps(row_at(16, 16, time=20.0)) + "\n")
+    drawn = []
+    monkeypatch.setattr(plot, "draw_all", lambda rows, out, anchors: drawn.append((rows, anchors)) or [])
+    assert call(monkeypatch, "plot") == 0
+    ((rows, anchors),) = drawn
+    assert [(row["sizes"]["T"], row["time_us"][0]) for row in rows] == [(1, 10.0), (16, 20.0)]
+    assert anchors is None
 
 
 def test_what_does_not_vary_is_not_drawn_against():

@@ -325,6 +325,19 @@ def test_wrong_numbers_get_no_row_and_exit_code_1(what, message, monkeypatch, ca
     assert message in printed
 
 
+def test_the_share_of_tied_rows_is_printed_once_a_case(monkeypatch, capsys, tmp_path, no_gpu, no_peers):
+    options = ["--backend", "torch", "--backend", "reference", "--case", f"{MODEL}:T1,2", "--dtype", "bfloat16"]
+    out = tmp_path / "rows.jsonl"
+    assert call(monkeypatch, "bench", "decode", *options, "--seconds", 0.001, "--commit", "abc", "--out", out) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    printed = capsys.readouterr().out.splitlines()
+    for T in (1, 2):
+        row = next(row for row in rows if row["sizes"]["T"] == T)
+        shares = f"{row['tied_pct']:.1f} % of the rows tie, of all to draw from {row['tied_pct_of_pool']:.1f} %"
+        assert printed.count(f"{MODEL}, T {T}, bfloat16: {shares}") == 1
+    assert sum("rows tie" in line for line in printed) == 2
+
+
 def test_our_difference_from_the_block_is_bounded():
     case = make_case()
     inputs = make_inputs(case)
@@ -406,6 +419,35 @@ def test_pictures_are_drawn_from_rows_alone(tmp_path):
     assert plot.draw_launches([row for row in rows if row["launch"] == "graph"]) is None
 
 
+def test_goals_and_engines_stand_in_the_pictures(tmp_path):
+    anchors = json.loads((ROOT / "benchmarks" / "anchors.json").read_text())
+    rows = [
+        row_at(T, backend, launch) for T in (1, 3) for backend in ("triton", "vllm") for launch in ("graph", "eager")
+    ]
+    graph, eager = plot.draw_decode_times(rows, anchors["decode"]).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in graph.get_lines()}
+    assert set(lines) == {
+        "ours, auto", "vLLM", "roof", "goal",
+        *(f"{name} (measured apart)" for name in ("vLLM", "vLLM, tiles tuned again", "SGLang", "FlashInfer")),
+    }  # fmt: skip
+    assert lines["goal"][0] == [1, 21]
+    assert lines["SGLang (measured apart)"][-1] == [128, 309.8]
+    (eager_goal,) = (line for line in eager.get_lines() if line.get_label() == "goal")
+    assert eager_goal.get_xydata().tolist()[0] == [1, 32]
+    first, second = plot.draw_launches(rows, anchors["decode"]).axes
+    bars = dict(zip((label.get_text() for label in first.get_yticklabels()), first.patches, strict=True))
+    widths = {label: bar.get_width() for label, bar in bars.items()}
+    engines = {"FlashInfer (measured apart)": 7, "vLLM (measured apart)": 8, "SGLang (measured apart)": 9}
+    assert widths == {"ours, auto": 1, "vLLM": 1, **engines}
+    assert {"7", "7 – 8", "8 – 9"} <= {text.get_text().strip() for text in first.texts}
+    assert len(second.patches) == 2  # no engine was measured on three tokens
+    alone, with_anchors = (
+        plot.draw_all([row_at(1, gpu=gpu)], tmp_path / gpu, anchors)[0].stat().st_size
+        for gpu in ("Another", anchors["gpu"])
+    )
+    assert alone < with_anchors
+
+
 def decode_document(tmp_path, *rows):
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
@@ -428,12 +470,15 @@ def test_goals_stand_without_rows(tmp_path):
 
 def test_times_stand_beside_goals(tmp_path):
     rows = [row_at(1), row_at(2, time=39.0), row_at(1, launch="eager", time=30.0), row_at(4, "transformers_eager")]
+    rows.append(row_at(4, "triton_queue", sm_mhz=[1980, 1800]))
     lines = decode_document(tmp_path, row_at(1, time=1.0), *rows, row_at(3, gpu="Another GPU"))
     assert "| distinct experts hit | 8 | 8 | 8 |  |  |  |  |  |  |" in lines
     assert "| triton_static, CUDA graph | **20.0** (75 %) | 39.0 (38 %) |  |  |  |  |  |  | 1 |" in lines
     assert "| triton_static, eager | **30.0** (50 %) |" + "  |" * 7 + " 1 |" in lines
     assert "| transformers_eager, CUDA graph |  |  | 20.0 (75 %) |  |  |  |  |  |  |" in lines
     assert "| triton_static, CUDA graph | 20.0 (75 %) |  |" in lines  # another GPU has no goals
+    (moved,) = (line for line in lines if line.startswith("| triton_queue, CUDA graph |"))
+    assert "**20.0**† (75 %)" in moved
     first, second = (i for i, line in enumerate(lines) if line.startswith("qwen3-30b-a3b, bfloat16, "))
     assert "NVIDIA H200" in lines[first]
     assert "Another GPU" in lines[second]

@@ -571,6 +571,24 @@ def test_history_has_every_run_on_a_gpu_and_the_profile_is_the_last_ones(root):
     assert "1,000,000" not in written(root, "README.md")
 
 
+def test_sparse_gradients_stand_beside_dense_ones(root):
+    text = "<!-- table: sparse gradients -->\n<!-- /table -->\n<!-- table: gpu flash_expert -->\n<!-- /table -->\n"
+    (root / "docs" / "a.md").write_text(text)
+    dense = {**TIMING, "op": "flash_expert", "case": "T 1, E 4", "pass": "backward"}
+    rows = [dense, {**dense, "backend": "reference"}, {**dense, "case": "T 1, E 8"}, TIMING, TRAINING]
+    commit(root, *rows)
+    assert written(root, "docs/a.md").startswith("<!-- table: sparse gradients -->\nNo row is committed yet.\n")
+    commit(root, *rows, {**dense, "backend": "triton_sparse_grad", "time_us": [5.0, 5.0, 5.0]})
+    table = written(root, "docs/a.md").split("<!-- /table -->")[0].splitlines()
+    assert table[1:6] == [
+        "| case | pass | backend | time, ms (p20 to p80) | TB/s |",
+        "| --- | --- | --- | ---: | ---: |",
+        "| T 1, E 4 | backward | triton | 0.020 (0.019 – 0.021) | 1.23 |",
+        "| T 1, E 4 | backward | triton_sparse_grad | 0.005 (0.005 – 0.005) | 1.23 |",
+        "",
+    ]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

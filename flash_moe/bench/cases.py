@@ -4,6 +4,7 @@ T tokens, H hidden size, I intermediate size, E experts, K experts a token, N ex
 """
 
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -37,13 +38,14 @@ ANCHORS: dict[str, tuple[Sizes, ...]] = {
         (1024, 1024, 4096, 32),
         (1024, 1024, 65536, 32),
         (8192, 2048, 1048576, 64),
+        (4096, 1024, 1048576, 64),
         (1, 1024, 16384, 64),
         (4096, 1024, 1024, 64),
         (4096, 1024, 4096, 128),
     ),
     # The last has the active arithmetic of the layer at T 4096: 3 I and 2 K + 2 N rows of H a token.
     "mlp": ((4096, 1024, 4096), (16384, 1024, 1024), (8192, 2048, 8192), (4096, 1024, 4224)),
-    "layer": tuple((4**i, 1024, 4096, 16384, 64) for i in range(9)),
+    "layer": tuple((T, 1024, 4096, 16384, 64) for T in (1, 2, 4, 8, 16, 32, 64, *(4**i for i in range(4, 9)))),
 }
 # For the pictures: T alone, then N or E alone.
 SWEEP: dict[str, tuple[Sizes, ...]] = {
@@ -77,6 +79,8 @@ class Case:
     dtype: torch.dtype
     routing: str | None = None
     """Of the experts' ids, one of ``ROUTINGS``; elsewhere None."""
+    sparse_grad: bool = False
+    """Of experts: the tables' gradients are row-sparse."""
 
     @property
     def name(self) -> str:
@@ -142,6 +146,14 @@ def parse_sizes(op: str, name: str) -> Sizes:
         shape = "x".join(letters)
         raise ValueError(f"case: expected one of {', '.join(SETS)}, or sizes {shape} of {op}; got {name!r}")
     return tuple(map(int, parts))
+
+
+def dense_case(case: Case) -> Case:
+    """An MLP of as many multiplications a token as a layer: beside the layer's own MLP of 3 I rows of H, the experts'
+    2 K and the router's 2 N.
+    """
+    T, H, I, E, K = case.sizes
+    return Case("mlp", (T, H, I + round((2 * K + 2 * isqrt(E)) / 3)), case.dtype)
 
 
 def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:

@@ -104,7 +104,8 @@ def _expert(case: Case, inputs: Inputs, bound: Bound, which: str, is_ours: bool)
     low, exact = _both(expert_reference, (x[tokens], down[rows], up[rows], local, weights[tokens]), inputs.dout[tokens])
     results = [(low[0], exact[0], out[tokens])]
     if grads:
-        dx, ddown, dup, dweights = grads
+        dx, dweights = grads[0], grads[3]
+        ddown, dup = (grad.to_dense() if grad.is_sparse else grad for grad in grads[1:3])
         results += [(low[1], exact[1], dx[tokens]), (low[4], exact[4], dweights[tokens])]
         taken = some_ids.flatten()[_spread(some_ids.numel(), SAMPLE_ROWS, ids.device)]
         experts = torch.unique(torch.cat([taken, taken.new_tensor([0, E - 1])]))

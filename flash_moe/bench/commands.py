@@ -21,6 +21,9 @@ from flash_moe.ops._triton.launch import FOLDER, table_name
 from flash_moe.schedule.policies import POLICIES
 
 RESULTS = Path("benchmarks", "results")
+ANCHORS = Path("benchmarks", "anchors.json")
+# Rows for the pictures alone.
+SWEEP = RESULTS / "sweep"
 # Not beside the rows that the documents show: every run adds to these.
 RUNS = RESULTS / "bench"
 BACKENDS = tuple(dict.fromkeys((*NAMES, *decode_competitors.NAMES)))
@@ -56,6 +59,7 @@ def bench(
     path = out or default_path()
     refusals = []
     count = 0
+    ties: str | None = None
     for found in run_bench(request):
         if isinstance(found, Refusal):
             refusals.append(found)
@@ -68,6 +72,9 @@ def bench(
             console.print(describe_run(found), markup=False)
             console.print(format_line([name for name, _ in COLUMNS]), style="bold", markup=False)
         count += 1
+        told, ties = ties, describe_ties(found)
+        if ties and ties != told:
+            console.print(ties, markup=False)
         console.print(format_row(found), markup=False)
         if clock_moved(found):
             before, after = found["sm_mhz"]
@@ -84,17 +91,22 @@ def plot(
     files: Annotated[list[Path] | None, typer.Argument(help=f"Rows; by default all under {RESULTS}.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = RESULTS / "plots",
 ) -> None:
-    """Draw time against T and against E, and shares of the roof, from the rows that flash-moe bench wrote."""
+    """Draw time against T and against E, and shares of the roof, from the rows that flash-moe bench wrote.
+
+    Of decode also launches, beside the goals and engines of benchmarks/anchors.json.
+    """
     from flash_moe.bench.plot import draw_all, read_rows
 
-    chosen = files or sorted([*RESULTS.glob("*.jsonl"), *RUNS.glob("*.jsonl")])
+    # Of rows that measure the same thing the last counts: those of the documents before those of the sweep.
+    chosen = files or [path for folder in (SWEEP, RESULTS, RUNS) for path in sorted(folder.glob("*.jsonl"))]
     rows = read_rows(chosen)
     if not rows:
         raise ValueError(
             f"files: expected rows of flash-moe bench in {', '.join(map(str, chosen)) or RESULTS}; got none"
         )
     console = Console(highlight=False, soft_wrap=True)
-    for path in draw_all(rows, out):
+    anchors = json.loads(ANCHORS.read_text(encoding="utf-8")) if ANCHORS.exists() else None
+    for path in draw_all(rows, out, anchors):
         console.print(f"drew {path}", markup=False)
 
 
@@ -143,6 +155,14 @@ def describe_run(row: Row) -> str:
     where = f"{row['gpu']}, driver {row['driver']}" if row.get("gpu") else f"{row['cpu']}, {row['threads']} threads"
     copy = f"device copy {row['copy_gb_per_s'] / 1e3:.2f} TB/s"
     return f"{where}, torch {row['torch']}, triton {row['triton']}, commit {row['commit']}, {copy}"
+
+
+def describe_ties(row: Row) -> str | None:
+    """Of a case of decode, how many rows have a choice of experts that is nobody's to decide; the same at each row."""
+    if row.get("tied_pct") is None:
+        return None
+    case = f"{row['model']}, T {row['sizes']['T']}, {row['dtype']}"
+    return f"{case}: {row['tied_pct']:.1f} % of the rows tie, of all to draw from {row['tied_pct_of_pool']:.1f} %"
 
 
 def describe_refusal(refusal: Refusal) -> str:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_moe._backend import why_not_triton
-from flash_moe.bench.cases import LAYER_PARAMETERS, Case, Inputs, layer_config
+from flash_moe.bench.cases import LAYER_PARAMETERS, Case, Inputs, dense_case, layer_config
 from flash_moe.bench.work import BACKWARD, BOTH, FORWARD
 from flash_moe.modules.flash_moe import FlashMoE
 from flash_moe.ops.flash_expert import flash_expert
@@ -28,15 +28,22 @@ from flash_moe.ops.flash_mlp import flash_mlp
 from flash_moe.ops.flash_router import flash_router
 
 OURS = ("triton", "torch")
+# Ours as well, beside a layer: flash_mlp with as many multiplications a token, which computes another function.
+DENSE_MLP = "dense_mlp"
+# And beside the experts' backward the kernels with row-sparse gradients of the tables.
+SPARSE_GRAD = "triton_sparse_grad"
 # "reference" is PyTorch eager, the specification: it gathers [T, K, H] and sorts every candidate.
-NAMES = (*OURS, "reference", "pytorch_smart", "torch_compile", "liger")
+NAMES = (*OURS, "reference", "pytorch_smart", "torch_compile", "liger", DENSE_MLP, SPARSE_GRAD)
 # Compiling takes longer than all else, so by default only these are compiled; --backend torch_compile compiles any.
 COMPILED = {
     "router": ("4096x128x64",),
     "expert": ("4096x1024x16384x64", "4096x1024x102400x512", "1x1024x16384x64"),
-    "mlp": ("4096x1024x4096",),
-    "layer": ("4096x1024x4096x16384x64",),
+    "mlp": ("4096x1024x4096", "16384x1024x1024", "8192x2048x8192", "4096x1024x4224"),
+    # Not 65,536 tokens: uncompiled, the reference takes 25 GB and a tenth of a second there.
+    "layer": tuple(f"{4**i}x1024x4096x16384x64" for i in range(8)),
 }
+# Two of them differ in E alone, on which the cost is not to depend; --backend triton_sparse_grad measures any.
+ROW_SPARSE = ("4096x1024x16384x64", "4096x1024x1048576x64", "8192x2048x1048576x64")
 COMPILER = "inductor"
 PUBLIC_OPS: dict[str, Callable[..., Any]] = {"router": flash_router, "expert": flash_expert, "mlp": flash_mlp}
 
@@ -81,10 +88,14 @@ class Competitor:
     """Takes the inputs and the pass."""
     captured: tuple[str, ...] = ()
     """The passes that a CUDA graph can hold: those without a synchronisation."""
+    computes: Case | None = None
+    """Of what computes something else than the case it stands beside: what it is checked, counted and bounded as."""
+    passes: tuple[str, ...] = (FORWARD, BACKWARD, BOTH)
+    """In which it has something of its own to show."""
 
     @property
     def is_ours(self) -> bool:
-        return self.name in OURS
+        return self.name in (*OURS, DENSE_MLP, SPARSE_GRAD)
 
 
 def find_competitors(case: Case, device: torch.device, names: tuple[str, ...]) -> list[Competitor]:
@@ -103,12 +114,14 @@ def find_competitors(case: Case, device: torch.device, names: tuple[str, ...]) -
         names = tuple(name for name in NAMES if why_not(name, device) is None)
         if case.name not in COMPILED[case.op]:
             names = tuple(name for name in names if name != "torch_compile")
+        if case.name not in ROW_SPARSE:
+            names = tuple(name for name in names if name != SPARSE_GRAD)
     return [_competitor(case, name, functions[name]) for name in names if name in functions]
 
 
 def why_not(name: str, device: torch.device) -> str | None:
     """None where ``name`` can run on ``device``, else the reason."""
-    if name == "triton":
+    if name in ("triton", SPARSE_GRAD):
         return why_not_triton(device.type)
     if name == "torch_compile":
         return _why_not_compile(device.type)
@@ -126,6 +139,12 @@ def free_competitor(name: str) -> None:
 
 
 def _competitor(case: Case, name: str, function: Callable[..., Any]) -> Competitor:
+    if name == DENSE_MLP:
+        dense = dense_case(case)
+        return Competitor(name, partial(_bind_op, dense, function), (FORWARD, BOTH), dense)
+    if name == SPARSE_GRAD:
+        sparse = replace(case, sparse_grad=True)
+        return Competitor(name, partial(_bind_op, sparse, function), (BACKWARD,), sparse, (BACKWARD,))
     captured: tuple[str, ...] = ()
     if name in OURS:
         captured = (FORWARD, BACKWARD, BOTH)
@@ -158,6 +177,7 @@ def _functions(case: Case, device: torch.device) -> dict[str, Callable[..., Any]
         functions: dict[str, Callable[..., Any]] = {
             name: partial(_make_layer, case, name, device) for name in (*OURS, "reference")
         }
+        functions[DENSE_MLP] = PUBLIC_OPS["mlp"]
         return functions | {"torch_compile": partial(_make_compiled_layer, case, device)}
     functions = {name: partial(PUBLIC_OPS[case.op], backend=name) for name in (*OURS, "reference")}
     if case.op == "router":
@@ -168,6 +188,7 @@ def _functions(case: Case, device: torch.device) -> dict[str, Callable[..., Any]
         return functions
     functions["torch_compile"] = Lazy(partial(compile_function, functions["reference"]))
     if case.op == "expert":
+        functions[SPARSE_GRAD] = partial(PUBLIC_OPS["expert"], backend="triton", sparse_grad=True)
         return functions | {"pytorch_smart": _smart_expert}
     del functions["torch"]  # the reference itself
     return functions | {"liger": _liger_mlp}

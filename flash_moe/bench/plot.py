@@ -1,4 +1,7 @@
-"""Pictures drawn from rows alone: time against T and against E, and each row's share of its roof."""
+"""Pictures drawn from rows alone: time against T and against E, and each row's share of its roof.
+
+Beside rows of decode stand the goals and the serving engines' times and launches of ``benchmarks/anchors.json``.
+"""
 
 import json
 import re
@@ -10,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flash_moe.bench.cases import DECODE, OP_NAMES
+from flash_moe.bench.competitors import DENSE_MLP
 
 Row = dict[str, Any]
 
@@ -17,14 +21,16 @@ COLORS = {
     "triton": "C0", "torch": "C2", "reference": "C3", "pytorch_smart": "C1", "torch_compile": "C4", "liger": "C5",
     "triton_static": "navy", "triton_queue": "C9", "triton_actor": "C6", "torch_static": "C2", "torch_queue": "olive",
     "torch_actor": "darkgreen", "transformers_eager": "C3", "transformers_batched_mm": "C1",
-    "transformers_grouped_mm": "C8", "vllm": "C5", "sglang": "C7",
+    "transformers_grouped_mm": "C8", "vllm": "C5", "sglang": "C7", "dense_mlp": "C9", "triton_sparse_grad": "navy",
 }  # fmt: skip
 LABELS = {
     "reference": "PyTorch", "pytorch_smart": "PyTorch, with care", "torch_compile": "torch.compile", "vllm": "vLLM",
-    "sglang": "SGLang",
+    "sglang": "SGLang", "dense_mlp": "dense MLP, same arithmetic", "triton_sparse_grad": "triton, sparse_grad",
     **{f"triton_{policy}": f"ours, {policy}" for policy in ("static", "queue", "actor")},
     **{f"transformers_{name}": f"transformers, {name}" for name in ("eager", "batched_mm", "grouped_mm")},
 }  # fmt: skip
+# Of engines, which have no backend of ours.
+PEER_STYLES = ("^", "v", "s", "D")
 # The size along the horizontal axis; the router has N where the others have E.
 AXES = {"T": ("T",), "E": ("E", "N")}
 
@@ -45,14 +51,21 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
     return list(rows.values())
 
 
-def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Every picture that the rows give, one file for each op and device; returns the files."""
+def draw_all(rows: Sequence[Row], folder: Path, anchors: Row | None = None) -> list[Path]:
+    """Every picture that the rows give, one file for each op and device; returns the files.
+
+    ``anchors`` are those of ``benchmarks/anchors.json``, and count beside rows of their own GPU.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for device, op in dict.fromkeys((_device(row), row["op"]) for row in rows):
         chosen = [row for row in rows if (_device(row), row["op"]) == (device, op)]
         if op == OP_NAMES[DECODE]:
-            figures: dict[str, Figure | None] = {"time_T": draw_decode_times(chosen), "launches": draw_launches(chosen)}
+            known = anchors[DECODE] if anchors and anchors["gpu"] == device else []
+            figures: dict[str, Figure | None] = {
+                "time_T": draw_decode_times(chosen, known),
+                "launches": draw_launches(chosen, known),
+            }
         else:
             figures = {f"time_{axis}": draw_times(chosen, axis) for axis in AXES}
             figures["roof"] = draw_shares(chosen)
@@ -107,8 +120,9 @@ def draw_shares(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def draw_decode_times(rows: Sequence[Row]) -> Figure:
+def draw_decode_times(rows: Sequence[Row], anchors: Sequence[Row] = ()) -> Figure:
     """A plot for each dtype and model, and for calls in a graph and eager calls: a line for each backend and policy."""
+    known = {(each["model"], each["dtype"]): each for each in anchors}
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["dtype"], row["launch"]), []).append(row)
@@ -119,6 +133,7 @@ def draw_decode_times(rows: Sequence[Row]) -> Figure:
     for axes in grid.flat[len(keys) :]:
         axes.set_axis_off()
     for axes, key in zip(grid.flat, keys, strict=False):
+        _draw_anchors(axes, known.get(key[:2], {}), key[2])
         _draw_lines(axes, groups[key], "T", with_launch=False)
         axes.set_title(f"{key[0]}, {key[1]}, {'CUDA graph' if key[2] == 'graph' else 'eager calls'}", fontsize="small")
         axes.set_xticks(ticks := sorted({row["sizes"]["T"] for row in groups[key]}), list(map(str, ticks)))
@@ -127,8 +142,11 @@ def draw_decode_times(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def draw_launches(rows: Sequence[Row]) -> Figure | None:
-    """A bar for each backend: what one call of a layer puts on the GPU, for the fewest and the most tokens."""
+def draw_launches(rows: Sequence[Row], anchors: Sequence[Row] = ()) -> Figure | None:
+    """A bar for each backend: what one call of a layer puts on the GPU, for the fewest and the most tokens.
+
+    An engine that needs now more, now fewer has a bar of the most.
+    """
     counted = [row for row in rows if row["launches"]]
     if not counted:
         return None
@@ -137,15 +155,44 @@ def draw_launches(rows: Sequence[Row]) -> Figure | None:
     figure = Figure(figsize=(6.4 * len(chosen), 4.2), layout="constrained")
     for axes, T in zip(figure.subplots(1, len(chosen), squeeze=False).flat, chosen, strict=True):
         here = {row["backend"]: row for row in counted if row["sizes"]["T"] == T}
-        lines = sorted(here.values(), key=lambda row: row["launches"])
-        launches = [row["launches"] for row in lines]
-        axes.barh(range(len(lines)), launches, color=[COLORS.get(row["backend"], "0.5") for row in lines])
-        axes.set_yticks(range(len(lines)), [_label(row["backend"]) for row in lines], fontsize="small")
-        for i, count in enumerate(launches):
-            axes.text(count, i, f" {count}", va="center", fontsize="small")
+        bars = [(_label(row), str(row["launches"]), COLORS.get(row["backend"], "0.5")) for row in here.values()]
+        bars = sorted([*bars, *_engine_bars(anchors, T)], key=lambda bar: _most(bar[1]))
+        labels, texts, colors = zip(*bars, strict=True)
+        launches = list(map(_most, texts))
+        axes.barh(range(len(bars)), launches, color=colors)
+        axes.set_yticks(range(len(bars)), labels, fontsize="small")
+        for i, (count, text) in enumerate(zip(launches, texts, strict=True)):
+            axes.text(count, i, f" {text}", va="center", fontsize="small")
         axes.set(xscale="log", xlim=(0.5, 2.5 * max(launches)), xlabel="launches a layer", title=f"T {T}")
         axes.invert_yaxis()
     return figure
+
+
+def _engine_bars(anchors: Sequence[Row], T: int) -> list[tuple[str, str, str]]:
+    """Label, launches and colour of each serving engine that was measured on T tokens."""
+    peers = [peer for each in anchors if T in each["tokens"] for peer in each.get("peers", [])]
+    launches = {peer["name"].partition(",")[0]: peer["launches"] for peer in peers}
+    return [(_apart(engine), count, "0.7") for engine, count in launches.items()]
+
+
+def _most(launches: str) -> int:
+    """Of a count such as "8", or of several such as "7 – 8"."""
+    return max(map(int, re.findall(r"\d+", launches)))
+
+
+def _apart(name: str) -> str:
+    """Of what no row of ours gives, without the way of launching that all of a picture share."""
+    return re.sub(r", (CUDA graph|eager)$", "", name) + " (measured apart)"
+
+
+def _draw_anchors(axes: Axes, anchor: Row, launch: str) -> None:
+    """The engines' times and the goal."""
+    tokens = anchor.get("tokens", [])
+    peers = [peer for peer in anchor.get("peers", []) if peer["launch"] == launch]
+    for peer, marker in zip(peers, PEER_STYLES, strict=False):
+        axes.plot(tokens, peer["us"], marker=marker, ms=4, lw=0.8, ls="--", color="0.55", label=_apart(peer["name"]))
+    if goal := anchor.get("goal_us", {}).get(launch):
+        axes.plot(tokens, goal, marker="_", ms=9, lw=0, color="red", label="goal")
 
 
 def _draw_group(axes: Axes, rows: Sequence[Row], axis: str) -> None:
@@ -165,11 +212,12 @@ def _draw_lines(axes: Axes, rows: Sequence[Row], axis: str, with_launch: bool = 
         sizes = [_along(row, axis) for row in line]
         p20, p50, p80 = zip(*(row["time_us"] for row in line), strict=True)
         is_dotted = with_launch and launch == "graph"
-        label = _label(backend) + (", CUDA graph" if is_dotted else "")
+        label = _label(line[0]) + (", CUDA graph" if is_dotted else "")
         color = COLORS.get(backend, "0.5")
         axes.plot(sizes, p50, marker="o", ms=3, label=label, color=color, ls=":" if is_dotted else "-")
         axes.fill_between(sizes, p20, p80, color=color, alpha=0.2, lw=0)
-    roof = sorted({_along(row, axis): row["roof_us"] for row in rows}.items())
+    # The dense MLP beside a layer has a roof of its own.
+    roof = sorted({_along(row, axis): row["roof_us"] for row in rows if row["backend"] != DENSE_MLP}.items())
     axes.plot([size for size, _ in roof], [time for _, time in roof], color="black", ls="--", lw=1, label="roof")
     axes.set(xscale="log", yscale="log", xlabel=_letter(rows[0], axis), ylabel="time, us")
     axes.grid(alpha=0.3, which="both")
@@ -185,10 +233,13 @@ def _along(row: Row, axis: str) -> int:
 
 
 def _describe(row: Row) -> str:
-    return f"{row['case']}, {row['dtype']}, {_label(row['backend'])} ({row['roof']})"
+    return f"{row['case']}, {row['dtype']}, {_label(row)} ({row['roof']})"
 
 
-def _label(backend: str) -> str:
+def _label(row: Row) -> str:
+    if (row["op"], row["backend"]) == (OP_NAMES[DECODE], "triton"):
+        return "ours, auto"  # beside those of ours that name their policy
+    backend: str = row["backend"]
     return LABELS.get(backend, backend)
 
 

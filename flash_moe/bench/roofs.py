@@ -15,7 +15,7 @@ from torch import Tensor
 from flash_moe._backend import why_not_triton
 from flash_moe.bench.cases import LATENCY_BOUND_TOKENS, Case, Inputs
 from flash_moe.bench.timing import CpuTimer, Timer, percentiles
-from flash_moe.bench.work import FORWARD, Work
+from flash_moe.bench.work import FORWARD, Work, gradient_rows
 
 # Beyond this a stream's time grows in proportion.
 MAX_STREAM_NBYTES = {"cuda": 2**31, "cpu": 2**25}
@@ -137,7 +137,7 @@ class Roofs:
         products = 2
         if which != FORWARD:
             tokens = torch.randint(T, (T, K), device=self.device, generator=torch.Generator(self.device).manual_seed(0))
-            tables = 2 * E * H * case.dtype.itemsize
+            tables = 2 * gradient_rows(case) * H * case.dtype.itemsize
             backward = gather + max(2 * self.gather_us(x, tokens, "tokens"), self.fill_us(tables))
             gather, products = (backward, 4) if case.op == "expert" else (gather + backward, 6)
         # Dense products go through the whole tables, whoever takes what.

@@ -161,4 +161,6 @@ def clock_moved(row: Row) -> bool:
 
 def result_nbytes(results: object) -> int:
     results = results if isinstance(results, tuple) else (results,)
-    return sum(x.numel() * x.element_size() for x in results if isinstance(x, Tensor))
+    tensors = [x for x in results if isinstance(x, Tensor)]
+    parts = [part for x in tensors for part in ((x._indices(), x._values()) if x.is_sparse else (x,))]
+    return sum(x.numel() * x.element_size() for x in parts)

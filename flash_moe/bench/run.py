@@ -11,7 +11,7 @@ from flash_moe.bench.checks import check, check_replay
 from flash_moe.bench.competitors import Bound, Competitor, find_competitors, free_competitor
 from flash_moe.bench.decode import plan_decode, run_decode
 from flash_moe.bench.machine import describe_machine
-from flash_moe.bench.roofs import Roofs
+from flash_moe.bench.roofs import Roof, Roofs
 from flash_moe.bench.rows import (
     EAGER,
     GRAPH,
@@ -26,7 +26,7 @@ from flash_moe.bench.rows import (
     result_nbytes,
 )
 from flash_moe.bench.timing import CudaTimer, count_launches, make_timer, percentiles
-from flash_moe.bench.work import FORWARD, count_work, passes_of
+from flash_moe.bench.work import FORWARD, Work, count_work, passes_of
 from flash_moe.testing import peak_nbytes
 
 # An eager call that takes less may be waiting for the host, which needs up to 15 us for a launch and makes up to 60 of
@@ -73,27 +73,35 @@ def _run_case(
 ) -> Iterator[Row | Refusal]:
     if not competitors or not passes:
         return
-    inputs = make_inputs(case, bench.device)
-    works = {which: count_work(case, which, inputs) for which in passes}
-    roofs = {which: bench.roofs.roof(case, which, inputs, works[which]) for which in passes}
-    del inputs
+    counted: dict[Case, dict[str, tuple[Work, Roof]]] = {}
     for competitor in competitors:
+        computed = competitor.computes or case
+        if not (measured := [which for which in passes if which in competitor.passes]):
+            continue
+        if computed not in counted:
+            counted[computed] = _count(bench, computed, measured)
         bench.timer.free()
-        inputs = make_inputs(case, bench.device)  # its own, so that nobody depends on what another left
-        for which in passes:
+        inputs = make_inputs(computed, bench.device)  # its own, so that nobody depends on what another left
+        for which in measured:
             for found in _measure(bench, case, competitor, which, inputs):
                 if isinstance(found, Refusal):
                     yield found
                 else:
-                    yield make_row(bench, case, competitor.name, which, works[which], roofs[which], found)
+                    yield make_row(bench, case, competitor.name, which, *counted[computed][which], found)
         del inputs
         free_competitor(competitor.name)
+
+
+def _count(bench: Bench, case: Case, passes: Sequence[str]) -> dict[str, tuple[Work, Roof]]:
+    inputs = make_inputs(case, bench.device)
+    works = {which: count_work(case, which, inputs) for which in passes}
+    return {which: (work, bench.roofs.roof(case, which, inputs, work)) for which, work in works.items()}
 
 
 def _measure(bench: Bench, case: Case, competitor: Competitor, which: str, inputs: Inputs) -> Iterator[Row | Refusal]:
     """What was measured of the eager call, then of a graph that holds it where there is one."""
     for launch, measure in ((EAGER, _measure_eager), (GRAPH, _measure_graph)):
-        call = partial(measure, bench, case, competitor, which, inputs)
+        call = partial(measure, bench, competitor.computes or case, competitor, which, inputs)
         found = measure_or_refuse(case, competitor.name, which, launch, competitor.is_ours, call)
         is_last = isinstance(found, Refusal) or not _is_graphed(bench, case, competitor, which, found["times"])
         bench.timer.free()

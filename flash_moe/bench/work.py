@@ -27,10 +27,20 @@ class Work:
 
 
 def passes_of(case: Case) -> tuple[str, ...]:
-    """A layer's backward runs with its forward, as a training step has it; BatchNorm cannot train on one token."""
+    """A layer's backward runs with its forward, as a training step has it.
+
+    BatchNorm cannot train on one token. Of two it leaves signs, whose gradient by the tokens is nothing but rounding:
+    in 16 bits no two implementations agree on it.
+    """
     if case.op != "layer":
         return FORWARD, BACKWARD
-    return (FORWARD, BOTH) if case.T > 1 else (FORWARD,)
+    return (FORWARD, BOTH) if case.T > 2 else (FORWARD,)
+
+
+def gradient_rows(case: Case) -> int:
+    """Of experts: how many rows the gradient of a table has."""
+    T, E, K = (case.by_letter[letter] for letter in "TEK")
+    return min(T * K, E) if case.sparse_grad else E
 
 
 def count_work(case: Case, which: str, inputs: Inputs) -> Work:
@@ -44,6 +54,8 @@ def count_work(case: Case, which: str, inputs: Inputs) -> Work:
         T, H, I = case.sizes
         if forward:
             return Work(nbytes=(2 * T * H + 3 * H * I) * s, flops=6 * T * H * I)
+        if which == BOTH:  # x, out, dout, dx; the weights and their gradients
+            return Work(nbytes=(4 * T * H + 6 * H * I) * s, flops=18 * T * H * I)
         # x, dout, dx; the weights and their gradients; the saved gate and up
         return Work(nbytes=(3 * T * H + 6 * H * I + 2 * T * I) * s, flops=12 * T * H * I)
     if case.op == "expert":
@@ -52,14 +64,15 @@ def count_work(case: Case, which: str, inputs: Inputs) -> Work:
 
 
 def _expert_work(case: Case, forward: bool, ids: Tensor) -> Work:
-    T, H, E, K = case.sizes
+    T, H, _, K = case.sizes
     P, s = T * K, case.dtype.itemsize
     rows = 2 * int(torch.unique(ids).numel()) * H * s
     if forward:
         nbytes = 2 * T * H * s + rows + P * (ID_NBYTES + s)
         return Work(nbytes=nbytes, flops=4 * P * H, row_nbytes=2 * P * H * s)
-    # x, dout, dx; ids, weights and their gradient, saved pre-activations; two dense table gradients
-    nbytes = 3 * T * H * s + rows + P * (ID_NBYTES + 2 * s + FLOAT_NBYTES) + 2 * E * H * s
+    # x, dout, dx; ids, weights and their gradient, saved pre-activations; two table gradients, of sparse ones the ids
+    nbytes = 3 * T * H * s + rows + P * (ID_NBYTES + 2 * s + FLOAT_NBYTES) + 2 * gradient_rows(case) * H * s
+    nbytes += ID_NBYTES * gradient_rows(case) if case.sparse_grad else 0
     return Work(nbytes=nbytes, flops=8 * P * H, row_nbytes=4 * P * H * s)
 
 
