@@ -7,6 +7,7 @@ from weakref import WeakValueDictionary
 import pytest
 import torch
 from test_decode import DTYPES, ROUTINGS, assert_right, describe, every_dtype, run, with_bias
+from test_decode_kernel import occupy
 
 from flash_moe._activations import ACTIVATIONS
 from flash_moe._moe_layer import Routing
@@ -136,7 +137,7 @@ def test_tensors_that_are_not_contiguous(device):
 def test_every_config_is_right(config, device, monkeypatch):
     """More than one step of everything; fewer chunks ahead than there are, and more."""
     monkeypatch.setattr(decode_one, "Config", lambda: config)
-    x, layer = inputs(600, 48, 5, Routing(3), torch.bfloat16, device)
+    x, layer = inputs(280, 20, 5, Routing(3), torch.bfloat16, device)
     assert_right(x, layer, run_one)
 
 
@@ -321,6 +322,27 @@ def test_two_streams_at_once(device):
     torch.cuda.synchronize()
     for out, right in zip(outs, want, strict=True):
         assert all(torch.equal(each, right) for each in out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sms_left", [0, 1, 20])
+def test_a_partly_filled_gpu(sms_left, device):
+    """The launch waits until there is room for all of its programs."""
+    x, layer = qwen3(torch.bfloat16, device)
+    want, _ = run_one(x, layer)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    occupy(sms_left, 0.1, device)  # compiled before it matters
+    torch.cuda.synchronize()
+    for _ in range(10):
+        with torch.cuda.stream(streams[2]):
+            done = occupy(sms_left, 4, device)
+        outs = []
+        for stream in streams[:2]:
+            with torch.cuda.stream(stream):
+                outs.append(run_one(x, layer)[0])
+        torch.cuda.synchronize()
+        assert done.all()
+        assert all(torch.equal(out, want) for out in outs)
 
 
 @pytest.mark.gpu
