@@ -336,6 +336,11 @@ def decode_one_kernel(
         tl.store(counters_ptr + LAUNCHES * LINE, launches + 1)
 
 
+def config_of(layer: MoELayer) -> Config:
+    """By the registers that chunks take which are held across a wait: float8 ones a register a number."""
+    return Config() if layer.down_scale is None else Config(ahead=2)
+
+
 def takes_one(x: Tensor, layer: MoELayer) -> bool:
     """Whether ``OneToken`` is for such a call."""
     E, H, I = layer.down_proj.shape
@@ -344,7 +349,7 @@ def takes_one(x: Tensor, layer: MoELayer) -> bool:
         return False
     if E > MAX_EXPERTS or K > MAX_EXPERTS_PER_TOKEN or max(E, 2 * I) * H >= 2**31:
         return False
-    down_chunks = K * cdiv(I, _block_i(I, layer.down_proj.element_size(), Config()))
+    down_chunks = K * cdiv(I, _block_i(I, layer.down_proj.element_size(), config_of(layer)))
     return max(down_chunks, cdiv(H, _width(H, layer.gate_up_proj.element_size()))) <= MAX_CHUNKS
 
 
@@ -353,7 +358,7 @@ class OneToken(PreparedCall):
 
     def __init__(self, x: Tensor, layer: MoELayer, config: Config | None = None) -> None:
         super().__init__(sizes_of(x, layer), x.device)
-        config = config or Config(ahead=4 if layer.down_scale is None else 2)
+        config = config or config_of(layer)
         self._dtype, self._logits_dtype = x.dtype, layer.router_weight.dtype
         num_programs, options = 1, {"num_warps": config.num_warps}
         if not INTERPRETED:
