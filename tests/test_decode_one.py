@@ -273,9 +273,10 @@ def test_full_size(scale, dtype, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "H, I, E, K", [(4096, 14336, 8, 2), (2048, 1024, 64, 8), (1000, 3001, 90, 3), (7168, 2048, 256, 8)], ids=str
+    "H, I, E, K", [(4096, 14336, 8, 2), (2048, 1024, 64, 8), (1000, 3001, 90, 3), (7168, 2048, 96, 8)], ids=str
 )
 def test_other_models(H, I, E, K, device):
+    """The last one's weights are more than 2^31 numbers."""
     x, layer = inputs(H, I, E, Routing(K), torch.bfloat16, device)
     assert_right(x, layer, run_one)
 
@@ -291,7 +292,7 @@ def test_one_launch_that_allocates_nothing_but_its_results_and_waits_for_nothing
     torch.cuda.set_sync_debug_mode("error")
     try:
         run_one(x, layer)
-        run(x, layer)
+        run(x, layer, backend="triton")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] - before == 3
