@@ -70,6 +70,16 @@ def test_sizes(H, I, E, K, dtype, device):
     assert_right(x, layer, run_one)
 
 
+@every_dtype
+@pytest.mark.parametrize("scale", ["row", "block"])
+@pytest.mark.parametrize("H, I, E, K", [(24, 20, 8, 3), (150, 136, 2, 1), (9, 5, 3, 3)], ids=str)
+def test_float8(H, I, E, K, scale, dtype, device):
+    """Of one block and of several, the last ones not whole."""
+    x, layer = make_decode_inputs(1, H, I, E, Routing(K), dtype, device, scale=scale)
+    assert_right(x, layer, run_one)
+    assert_right(x, layer._replace(down_proj=layer.down_proj.to(dtype), down_scale=None), run_one)
+
+
 @pytest.mark.parametrize("hidden_act", list(ACTIVATIONS))
 def test_activations(hidden_act, device):
     x, layer = inputs(16, 8, 4, Routing(2), torch.float32, device)
@@ -136,7 +146,7 @@ def test_tensors_that_are_not_contiguous(device):
 )
 def test_every_config_is_right(config, device, monkeypatch):
     """More than one step of everything; fewer chunks ahead than there are, and more."""
-    monkeypatch.setattr(decode_one, "Config", lambda: config)
+    monkeypatch.setattr(decode_one, "config_of", lambda layer: config)
     x, layer = inputs(280, 20, 5, Routing(3), torch.bfloat16, device)
     assert_right(x, layer, run_one)
 
@@ -150,8 +160,8 @@ def test_what_it_takes(device):
     assert not takes_one(torch.cat([x, x]), layer)
     assert not takes_one(x[:0], layer)
     assert not takes_one(x, layer._replace(routing=Routing(2, num_expert_groups=3, topk_groups=2)))
-    for options in ({"shared_intermediate_size": 8}, {"scale": "row"}):
-        assert not takes_one(*make_decode_inputs(1, 16, 8, 6, Routing(2), torch.bfloat16, device, **options))
+    shared = make_decode_inputs(1, 16, 8, 6, Routing(2), torch.bfloat16, device, shared_intermediate_size=8)
+    assert not takes_one(*shared)
     for H, I, E, K in ((4, 2, 1025, 2), (4, 2, 20, 17), (4, 20000, 8, 8), (20000, 4, 8, 8)):
         assert not takes_one(*make_decode_inputs(1, H, I, E, Routing(K), torch.bfloat16, device))
 
@@ -246,15 +256,16 @@ def test_giving_up_is_told(prepared, device, monkeypatch):
 # On a GPU, at the size of Qwen3-30B-A3B
 
 
-def qwen3(dtype, device, seed=0):
-    return inputs(2048, 768, 128, Routing(8), dtype, device, seed)
+def qwen3(dtype, device, seed=0, scale="none"):
+    return make_decode_inputs(1, 2048, 768, 128, Routing(8), dtype, device, seed, scale=scale)
 
 
 @pytest.mark.gpu
 @every_dtype
-def test_full_size(dtype, device):
-    for seed in range(5):
-        x, layer = qwen3(dtype, device, seed)
+@pytest.mark.parametrize("scale", ["none", "row", "block"])
+def test_full_size(scale, dtype, device):
+    for seed in range(3):
+        x, layer = qwen3(dtype, device, seed, scale)
         assert_right(x, layer, run_one)
         first, _ = run_one(x, layer)
         assert not sum((run_one(x, layer)[0] != first).any() for _ in range(100))

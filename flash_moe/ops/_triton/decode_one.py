@@ -29,7 +29,9 @@ from flash_moe._checks import debug_enabled
 from flash_moe._moe_layer import MoELayer
 from flash_moe.ops._triton.counters import LINE, MAX_POLLS, arrive, wait_again
 from flash_moe.ops._triton.decode_call import PreparedCall, check_flag
-from flash_moe.ops._triton.decode_config import max_registers
+from flash_moe.ops._triton.decode_config import max_registers, scale_kind
+from flash_moe.ops._triton.decode_experts import BLOCK_OF_SCALE
+from flash_moe.ops._triton.decode_kernel import _num_scales
 from flash_moe.ops._triton.decode_routing import NO_LOGIT, TINY_SUM, _score
 from flash_moe.ops._triton.math import INTERPRETED, accurate_exp, activation, round_for
 from flash_moe.ops._triton.ranking import LARGEST_KEY, SMALLEST_KEY, ordered_key, with_ids
@@ -164,9 +166,23 @@ def _sum_in_threads(products, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def _scaled(sums, scale_ptr, row, first, R: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, SCALE: tl.constexpr):
+    """Sums of VECTOR columns each, from ``first`` on, of rows of float8 weights ``[R, C]``, times their scales."""
+    if SCALE == "row":
+        sums *= tl.load(scale_ptr + row, mask=row < R, other=0.0)[:, None]
+    elif SCALE == "block":
+        column = first + tl.arange(0, sums.shape[1]) * VECTOR
+        per_row = (C + BLOCK_OF_SCALE - 1) // BLOCK_OF_SCALE
+        at = row[:, None] // BLOCK_OF_SCALE * per_row + column[None, :] // BLOCK_OF_SCALE
+        sums *= tl.load(scale_ptr + at, mask=(row < R)[:, None] & (column < C)[None, :], other=0.0)
+    return sums
+
+
+@triton.jit
 def _gate_up(
-    x_ptr, gate_up_ptr, activated_ptr, ids, H: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
-    HIDDEN_ACT: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+    x_ptr, gate_up_ptr, scale_ptr, activated_ptr, ids, H: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
+    HIDDEN_ACT: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """activated[k] = act(gate[ids[k]] x) * (up[ids[k]] x).
 
@@ -179,8 +195,12 @@ def _gate_up(
         id = ids[0]
         for k in tl.static_range(1, K):
             id = tl.where(slot == k, ids[k], id)
-        i = ((tile - slot * TILES) * ROWS + tl.arange(0, ROWS))[:, None]
+        row = (tile - slot * TILES) * ROWS + tl.arange(0, ROWS)
+        i = row[:, None]
         gate_ptr = gate_up_ptr + id.to(tl.int64) * (2 * I * H)
+        own_scale_ptr = scale_ptr
+        if SCALE != "none":
+            own_scale_ptr += id.to(tl.int64) * _num_scales(2 * I, H, SCALE)
         gate = tl.zeros([ROWS, WIDTH // VECTOR], tl.float32)
         up = tl.zeros([ROWS, WIDTH // VECTOR], tl.float32)
         for first in tl.static_range(0, H, CHUNKS * WIDTH):
@@ -195,8 +215,10 @@ def _gate_up(
                 # As wide as the rows: each thread loads what it needs, and nothing changes threads.
                 h = tl.broadcast_to((first + chunk * WIDTH + tl.arange(0, WIDTH))[None, :], [ROWS, WIDTH])
                 x = tl.load(x_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-                gate += _sum_in_threads(pieces[chunk][0].to(tl.float32) * x, VECTOR)
-                up += _sum_in_threads(pieces[chunk][1].to(tl.float32) * x, VECTOR)
+                gates = _sum_in_threads(pieces[chunk][0].to(tl.float32) * x, VECTOR)
+                ups = _sum_in_threads(pieces[chunk][1].to(tl.float32) * x, VECTOR)
+                gate += _scaled(gates, own_scale_ptr, row, first + chunk * WIDTH, I, H, VECTOR, SCALE)
+                up += _scaled(ups, own_scale_ptr, I + row, first + chunk * WIDTH, 2 * I, H, VECTOR, SCALE)
         activated = activation(tl.sum(gate, 1), HIDDEN_ACT) * tl.sum(up, 1)
         # By one lane of each row's warp, where the sum is.
         at = slot * I + i + lane
@@ -231,7 +253,7 @@ def _load_down(
     mask, at = (row < end)[:, None] & (i < I // SCALE)[None, :], row[:, None] * (I // SCALE) + i[None, :]
     if IN_WORDS:
         expert_ptr = _as_words(expert_ptr)
-    return tl.load(expert_ptr + at, mask=mask, other=0, eviction_policy="evict_first")
+    return tl.load(expert_ptr + at, mask=mask, other=0 if IN_WORDS else 0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -248,20 +270,24 @@ def _down_products(
         activated_low, activated_high = _halves(activated, activated_ptr.dtype.element_ty)
         products = low * activated_low + high * activated_high
     else:
-        activated = tl.load(own_ptr + i, mask=i < I, other=0.0)[None, :]
+        i = i[None, :]
+        if tile.dtype != activated_ptr.dtype.element_ty:  # of other sizes, and so in other threads
+            i = tl.broadcast_to(i, tile.shape)
+        activated = tl.load(own_ptr + i, mask=i < I, other=0.0)
         products = tile.to(tl.float32) * activated.to(tl.float32)
     return _sum_in_threads(products, VECTOR // SCALE)
 
 
 @triton.jit
 def decode_one_kernel(
-    x_ptr, router_ptr, gate_up_ptr, down_ptr, bias_ptr, logits_ptr, out_ptr, counters_ptr, activated_ptr,
-    factor, max_polls,
+    x_ptr, router_ptr, gate_up_ptr, down_ptr, bias_ptr, gate_up_scale_ptr, down_scale_ptr, logits_ptr, out_ptr,
+    counters_ptr, activated_ptr, factor, max_polls,
     H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, SCORING: tl.constexpr, HAS_BIAS: tl.constexpr,
-    NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr, GATE_UP_ROWS: tl.constexpr, GATE_UP_CHUNKS: tl.constexpr,
+    NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr, GATE_UP_SCALE: tl.constexpr, DOWN_SCALE: tl.constexpr,
+    GATE_UP_ROWS: tl.constexpr, GATE_UP_CHUNKS: tl.constexpr, GATE_UP_VECTOR: tl.constexpr, WIDTH: tl.constexpr,
     DOWN_ROWS: tl.constexpr, BLOCKS: tl.constexpr, AHEAD: tl.constexpr, PARTS: tl.constexpr, VECTOR: tl.constexpr,
-    WARPS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_I: tl.constexpr, IN_WORDS: tl.constexpr,
+    WARPS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
+    IN_WORDS: tl.constexpr,
 ):  # fmt: skip
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     launches = tl.load(counters_ptr + LAUNCHES * LINE)
@@ -271,7 +297,8 @@ def decode_one_kernel(
         arrive(counters_ptr + ROUTED * LINE)
     polls_left = wait_again(counters_ptr + ROUTED * LINE, launches, num_routers, max_polls)
     ids, weights = _select(logits_ptr, bias_ptr, E, K, SCORING, HAS_BIAS, NORM, WARPS, BLOCK_E, BLOCK_K)
-    _gate_up(x_ptr, gate_up_ptr, activated_ptr, ids, H, I, K, HIDDEN_ACT, GATE_UP_ROWS, GATE_UP_CHUNKS, WIDTH, VECTOR)
+    _gate_up(x_ptr, gate_up_ptr, gate_up_scale_ptr, activated_ptr, ids, H, I, K, HIDDEN_ACT, GATE_UP_SCALE,
+             GATE_UP_ROWS, GATE_UP_CHUNKS, WIDTH, GATE_UP_VECTOR)  # fmt: skip
     arrive(counters_ptr + DONE * LINE)  # before more is loaded: a release waits for every load before it
     row = program * DOWN_ROWS + tl.arange(0, DOWN_ROWS)
     tiles = (_load_down(down_ptr, ids, row, H, 0, H, I, K, PARTS, BLOCK_I, IN_WORDS),)
@@ -290,6 +317,10 @@ def decode_one_kernel(
             else:
                 tile = _load_down(down_ptr, ids, next_row, next_end, chunk + AHEAD, H, I, K, PARTS, BLOCK_I, IN_WORDS)
             products = _down_products(tiles[0], activated_ptr, chunk, I, PARTS, BLOCK_I, VECTOR, IN_WORDS)
+            own_scale_ptr = down_scale_ptr
+            if DOWN_SCALE != "none":
+                own_scale_ptr += ids[chunk // PARTS].to(tl.int64) * _num_scales(H, I, DOWN_SCALE)
+            products = _scaled(products, own_scale_ptr, row, chunk % PARTS * BLOCK_I, H, I, VECTOR, DOWN_SCALE)
             sums += weights[chunk // PARTS] * products
             tiles = tiles[1:] + (tile,)
         out = tl.sum(sums, 1) * factor
@@ -303,19 +334,21 @@ def decode_one_kernel(
         tl.store(counters_ptr + LAUNCHES * LINE, launches + 1)
 
 
+def config_of(layer: MoELayer) -> Config:
+    """By the registers that chunks take which are held across a wait: float8 ones a register a number."""
+    return Config() if layer.down_scale is None else Config(ahead=2)
+
+
 def takes_one(x: Tensor, layer: MoELayer) -> bool:
     """Whether ``OneToken`` is for such a call."""
     E, H, I = layer.down_proj.shape
     K = layer.routing.num_experts_per_tok
     if x.shape[0] != 1 or layer.routing.num_expert_groups > 1 or layer.shared is not None:
         return False
-    if layer.gate_up_scale is not None or layer.down_scale is not None:
-        return False
     if E > MAX_EXPERTS or K > MAX_EXPERTS_PER_TOKEN or max(E, 2 * I) * H >= 2**31:
         return False
-    itemsize = x.element_size()
-    down_chunks = K * cdiv(I, _block_i(I, itemsize, Config()))
-    return max(down_chunks, cdiv(H, _width(H, itemsize))) <= MAX_CHUNKS
+    down_chunks = K * cdiv(I, _block_i(I, layer.down_proj.element_size(), config_of(layer)))
+    return max(down_chunks, cdiv(H, _width(H, layer.gate_up_proj.element_size()))) <= MAX_CHUNKS
 
 
 class OneToken(PreparedCall):
@@ -323,7 +356,7 @@ class OneToken(PreparedCall):
 
     def __init__(self, x: Tensor, layer: MoELayer, config: Config | None = None) -> None:
         super().__init__(sizes_of(x, layer), x.device)
-        config = config or Config()
+        config = config or config_of(layer)
         self._dtype, self._logits_dtype = x.dtype, layer.router_weight.dtype
         num_programs, options = 1, {"num_warps": config.num_warps}
         if not INTERPRETED:
@@ -345,7 +378,7 @@ class OneToken(PreparedCall):
             own = self._make_own(stream, is_capturing)
         down: Any = tensors[3]
         launch = self._launches[down.data_ptr() % WORD_NBYTES == 0]
-        launch((*tensors[:5], own.logits if logits is None else logits, out), stream, own.kept)
+        launch((*tensors[:5], *tensors[9:], own.logits if logits is None else logits, out), stream, own.kept)
         self.has_launched = True
         if debug_enabled() and not is_capturing:
             check_flag(self._flag(own.kept.tensors[0]))
@@ -388,9 +421,10 @@ def _width(H: int, itemsize: int) -> int:
 def _constants(layer: MoELayer, num_programs: int, itemsize: int, config: Config) -> list[dict[str, Any]]:
     """For down rows that begin anywhere, and at a word."""
     routing, (E, H, I) = layer.routing, layer.down_proj.shape
-    K, block_i = routing.num_experts_per_tok, _block_i(I, itemsize, config)
+    gate_up_itemsize, down_itemsize = layer.gate_up_proj.element_size(), layer.down_proj.element_size()
+    K, block_i = routing.num_experts_per_tok, _block_i(I, down_itemsize, config)
     parts = cdiv(I, block_i)
-    width = _width(H, itemsize)
+    width = _width(H, gate_up_itemsize)
     constants = {
         "H": H, "I": I, "E": E, "K": K,
         "SCORING": routing.scoring,
@@ -403,7 +437,10 @@ def _constants(layer: MoELayer, num_programs: int, itemsize: int, config: Config
         "BLOCKS": cdiv(H, num_programs * config.down_rows),
         "AHEAD": min(config.ahead, K * parts),
         "PARTS": parts,
-        "VECTOR": LOAD_NBYTES // itemsize,
+        "GATE_UP_SCALE": scale_kind(layer.gate_up_scale),
+        "DOWN_SCALE": scale_kind(layer.down_scale),
+        "GATE_UP_VECTOR": LOAD_NBYTES // gate_up_itemsize,
+        "VECTOR": LOAD_NBYTES // down_itemsize,
         "WARPS": config.num_warps,
         "BLOCK_E": next_power_of_2(max(16, E)),
         "BLOCK_K": next_power_of_2(K),
@@ -412,4 +449,4 @@ def _constants(layer: MoELayer, num_programs: int, itemsize: int, config: Config
         "BLOCK_I": block_i,
     }  # fmt: skip
     # What is held in registers across a wait takes one for each 16 bits, but in words.
-    return [constants | {"IN_WORDS": False}, constants | {"IN_WORDS": itemsize == 2 and I % 2 == 0}]
+    return [constants | {"IN_WORDS": False}, constants | {"IN_WORDS": down_itemsize == 2 and I % 2 == 0}]
