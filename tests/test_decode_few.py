@@ -19,8 +19,8 @@ from flash_moe.testing import make_decode_inputs, poison_memory
 pytest.importorskip("triton", reason="needs triton, which there is for Linux only")
 
 from flash_moe.bench.timing import count_launches
-from flash_moe.ops._triton import decode, decode_one
-from flash_moe.ops._triton.decode_one import FLAG, LAUNCHES, LINE, ROUTED, Config, OneToken, takes_one
+from flash_moe.ops._triton import decode, decode_few
+from flash_moe.ops._triton.decode_few import FLAG, LAUNCHES, LINE, ROUTED, Config, FewTokens, takes_few
 
 ONE_GROUP = [routing for routing in ROUTINGS if routing.num_expert_groups == 1]
 
@@ -29,12 +29,12 @@ ONE_GROUP = [routing for routing in ROUTINGS if routing.num_expert_groups == 1]
 def prepared(device, monkeypatch):
     """What calls of this test alone have prepared. Nobody gave up."""
     if device.type == "cpu":
-        monkeypatch.setattr(decode_one, "MAX_POLLS", 100)
+        monkeypatch.setattr(decode_few, "MAX_POLLS", 100)
     monkeypatch.setattr(decode, "_prepared", OrderedDict())
     monkeypatch.setattr(module, "_repeatable", WeakValueDictionary())
     yield decode._prepared
     for each in decode._prepared.values():
-        if isinstance(each, OneToken):
+        if isinstance(each, FewTokens):
             for counters in each.scratch.of_stream.values():
                 assert not counters[FLAG.value * LINE.value]
 
@@ -42,7 +42,7 @@ def prepared(device, monkeypatch):
 def run_one(x, layer):
     """What the op gives, by this kernel."""
     results = run(x, layer, backend="triton", return_router_logits=True)
-    assert isinstance(decode._prepared[decode._key(x, layer, "auto", is_traced=False)], OneToken)
+    assert isinstance(decode._prepared[decode._key(x, layer, "auto", is_traced=False)], FewTokens)
     return results
 
 
@@ -146,7 +146,7 @@ def test_tensors_that_are_not_contiguous(device):
 )
 def test_every_config_is_right(config, device, monkeypatch):
     """More than one step of everything; fewer chunks ahead than there are, and more."""
-    monkeypatch.setattr(decode_one, "config_of", lambda layer: config)
+    monkeypatch.setattr(decode_few, "config_of", lambda layer: config)
     x, layer = inputs(280, 20, 5, Routing(3), torch.bfloat16, device)
     assert_right(x, layer, run_one)
 
@@ -156,20 +156,20 @@ def test_every_config_is_right(config, device, monkeypatch):
 
 def test_what_it_takes(device):
     x, layer = inputs(16, 8, 6, Routing(2), torch.bfloat16, device)
-    assert takes_one(x, layer)
-    assert not takes_one(torch.cat([x, x]), layer)
-    assert not takes_one(x[:0], layer)
-    assert not takes_one(x, layer._replace(routing=Routing(2, num_expert_groups=3, topk_groups=2)))
+    assert takes_few(x, layer)
+    assert not takes_few(torch.cat([x, x]), layer)
+    assert not takes_few(x[:0], layer)
+    assert not takes_few(x, layer._replace(routing=Routing(2, num_expert_groups=3, topk_groups=2)))
     shared = make_decode_inputs(1, 16, 8, 6, Routing(2), torch.bfloat16, device, shared_intermediate_size=8)
-    assert not takes_one(*shared)
+    assert not takes_few(*shared)
     for H, I, E, K in ((4, 2, 1025, 2), (4, 2, 20, 17), (4, 20000, 8, 8), (20000, 4, 8, 8)):
-        assert not takes_one(*make_decode_inputs(1, H, I, E, Routing(K), torch.bfloat16, device))
+        assert not takes_few(*make_decode_inputs(1, H, I, E, Routing(K), torch.bfloat16, device))
 
 
 def test_a_policy_that_is_asked_for_is_the_schedules(prepared, device):
     x, layer = inputs(24, 20, 8, Routing(3), torch.bfloat16, device)
     outs = [run(x, layer, backend="triton", policy=policy) for policy in POLICIES]
-    assert not any(isinstance(each, OneToken) for each in prepared.values())
+    assert not any(isinstance(each, FewTokens) for each in prepared.values())
     assert all(torch.equal(outs[0], out) for out in outs)
     torch.testing.assert_close(run_one(x, layer)[0], outs[0], rtol=0.02, atol=0.02)
 
@@ -181,18 +181,18 @@ def test_no_room(prepared, device, monkeypatch):
     def refuse(*_):
         raise RuntimeError("too many blocks in cooperative launch")
 
-    monkeypatch.setattr(OneToken, "__call__", refuse)
+    monkeypatch.setattr(FewTokens, "__call__", refuse)
     want = run(x, layer, backend="triton", policy="static")
     for _ in range(2):
         assert torch.equal(run(x, layer, backend="triton"), want)
-    assert not any(isinstance(each, OneToken) for each in prepared.values())
+    assert not any(isinstance(each, FewTokens) for each in prepared.values())
 
 
 def test_other_errors_are_not_swallowed(device, monkeypatch):
     def fail(*_):
         raise RuntimeError("an illegal memory access")
 
-    monkeypatch.setattr(OneToken, "__call__", fail)
+    monkeypatch.setattr(FewTokens, "__call__", fail)
     x, layer = inputs(24, 20, 8, Routing(3), torch.bfloat16, device)
     with pytest.raises(RuntimeError, match="an illegal memory access"):
         run(x, layer, backend="triton")
@@ -203,8 +203,8 @@ def test_other_errors_are_not_swallowed(device, monkeypatch):
 
 def test_repeated_calls_take_nothing_from_each_other(prepared, device, monkeypatch):
     """Other experts each time, straight to the launch, with and without logits, and scratch full of NaN before each."""
-    again, calls = OneToken.again, []
-    monkeypatch.setattr(OneToken, "again", lambda *arguments: calls.append(1) or again(*arguments))
+    again, calls = FewTokens.again, []
+    monkeypatch.setattr(FewTokens, "again", lambda *arguments: calls.append(1) or again(*arguments))
     _, layer = inputs(24, 8, 12, Routing(3), torch.bfloat16, device)
     for seed in range(4):
         x, _ = inputs(24, 8, 12, Routing(3), torch.bfloat16, device, seed)
@@ -239,7 +239,7 @@ def test_counters_wrap_around(prepared, device):
 
 def test_giving_up_is_told(prepared, device, monkeypatch):
     """By NaN, and under debug by an error; the next call is right."""
-    monkeypatch.setattr(decode_one, "MAX_POLLS", 3 if device.type == "cpu" else 2000)
+    monkeypatch.setattr(decode_few, "MAX_POLLS", 3 if device.type == "cpu" else 2000)
     x, layer = inputs(16, 8, 6, Routing(2), torch.float32, device)
     want, _ = run_one(x, layer)
     counters = counters_of(prepared)
