@@ -43,8 +43,9 @@ from flash_moe.ops._triton.scratch import Scratch, current_stream
 from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 from flash_moe.schedule.tasks import sizes_of
 
-# With more, products on tensor cores are faster.
-MAX_TOKENS, MAX_SLOTS = 8, 64
+# By the tokens' bytes an element: with more tokens the schedule is faster, on tensor cores.
+MAX_TOKENS = {2: 6, 4: 8}
+MAX_SLOTS = 64
 # The code goes through a token's experts, and through chunks of a gate row, without a loop.
 MAX_EXPERTS_PER_TOKEN, MAX_CHUNKS = 16, 64
 MAX_EXPERTS = 1024
@@ -69,7 +70,7 @@ class Config(NamedTuple):
     gate_up_chunks: int = 8
     """Of a row, a warp's loads that are on their way at a time."""
     down_rows: int = 4
-    ahead: int = 4
+    ahead: int = 2
     """Chunks of the down rows that are on their way at a time, also across the wait."""
 
     @property
@@ -398,9 +399,10 @@ def decode_few_kernel(
         tl.store(counters_ptr + LAUNCHES * LINE, launches + 1)
 
 
-def config_of(layer: MoELayer) -> Config:
-    """By the registers that chunks take which are held across a wait: float8 ones a register a number."""
-    return Config() if layer.down_scale is None else Config(ahead=2)
+def config_of(T: int, layer: MoELayer) -> Config:
+    rows = 4 if T == 1 else 8
+    is_float8 = layer.gate_up_scale is not None or layer.down_scale is not None
+    return Config(gate_up_rows=rows, gate_up_chunks=2 if is_float8 else 8)
 
 
 def takes_few(x: Tensor, layer: MoELayer) -> bool:
@@ -409,7 +411,7 @@ def takes_few(x: Tensor, layer: MoELayer) -> bool:
     T, K = x.shape[0], layer.routing.num_experts_per_tok
     if layer.routing.num_expert_groups > 1 or layer.shared is not None:
         return False
-    if not 0 < T <= MAX_TOKENS or T * K > MAX_SLOTS or K > MAX_EXPERTS_PER_TOKEN:
+    if not 0 < T <= MAX_TOKENS[x.element_size()] or T * K > MAX_SLOTS or K > MAX_EXPERTS_PER_TOKEN:
         return False
     if E > MAX_EXPERTS or max(E, 2 * I) * H >= 2**31:
         return False
@@ -421,7 +423,7 @@ class FewTokens(PreparedCall):
 
     def __init__(self, x: Tensor, layer: MoELayer, config: Config | None = None) -> None:
         super().__init__(sizes_of(x, layer), x.device)
-        config = config or config_of(layer)
+        config = config or config_of(x.shape[0], layer)
         self._dtype, self._logits_dtype = x.dtype, layer.router_weight.dtype
         num_programs, options = 1, {"num_warps": config.num_warps}
         if not INTERPRETED:
