@@ -19,7 +19,7 @@ from flash_moe.ops._triton.counters import LINE, MAX_POLLS
 from flash_moe.ops._triton.decode_call import PreparedCall, check_flag, is_want_of_room
 from flash_moe.ops._triton.decode_config import Config, config_of, kernel_constants, tiles_of
 from flash_moe.ops._triton.decode_kernel import FEW, NUM_OWN, decode_kernel
-from flash_moe.ops._triton.decode_one import OneToken, takes_one
+from flash_moe.ops._triton.decode_few import FewTokens, takes_few
 from flash_moe.ops._triton.decode_routing import TAKER_STRIDE
 from flash_moe.ops._triton.decode_scratch import Buffers, Own, State
 from flash_moe.ops._triton.decode_trace import MAX_RECORDS, fill_trace, make_records
@@ -125,8 +125,8 @@ def _launch(x: Tensor, layer: MoELayer, policy: str, logits: Tensor, out: Tensor
 
 def _prepare(x: Tensor, layer: MoELayer, policy: str, is_traced: bool) -> PreparedCall:
     """A kernel of its own for one token, where nobody has asked for a policy or a trace, which it has not."""
-    if policy == "auto" and not is_traced and takes_one(x, layer):
-        return OneToken(x, layer)
+    if policy == "auto" and not is_traced and takes_few(x, layer):
+        return FewTokens(x, layer)
     return _prepare_scheduled(x, layer, policy, is_traced)
 
 

@@ -93,8 +93,8 @@ def kernel_constants(
         "GROUPS": routing.num_expert_groups,
         "BEST_GROUPS": routing.topk_groups,
         "HIDDEN_ACT": layer.hidden_act,
-        "GATE_UP_SCALE": _scale_kind(layer.gate_up_scale),
-        "DOWN_SCALE": _scale_kind(layer.down_scale),
+        "GATE_UP_SCALE": scale_kind(layer.gate_up_scale),
+        "DOWN_SCALE": scale_kind(layer.down_scale),
         "HAS_SHARED_GATE": layer.shared is not None and layer.shared.gate is not None,
         "POLICY": policy,
         "TRACE": is_traced,
@@ -118,7 +118,7 @@ def kernel_constants(
     }  # fmt: skip
 
 
-def _scale_kind(scale: Tensor | None) -> str:
+def scale_kind(scale: Tensor | None) -> str:
     if scale is None:
         return "none"
     return "block" if scale.dim() == 3 else "row"

@@ -1,4 +1,4 @@
-"""flash_decode's kernel for one token: who gets it, values for every option, ties, NaN, waits, streams and graphs."""
+"""flash_decode's kernel for a few tokens: who gets it, values for every option, ties, NaN, waits, streams and graphs."""
 
 from collections import OrderedDict
 from functools import partial
@@ -19,8 +19,8 @@ from flash_moe.testing import make_decode_inputs, poison_memory
 pytest.importorskip("triton", reason="needs triton, which there is for Linux only")
 
 from flash_moe.bench.timing import count_launches
-from flash_moe.ops._triton import decode, decode_one
-from flash_moe.ops._triton.decode_one import FLAG, LAUNCHES, LINE, ROUTED, Config, OneToken, takes_one
+from flash_moe.ops._triton import decode, decode_few
+from flash_moe.ops._triton.decode_few import FLAG, LAUNCHES, LINE, ROUTED, Config, FewTokens, takes_few
 
 ONE_GROUP = [routing for routing in ROUTINGS if routing.num_expert_groups == 1]
 
@@ -29,56 +29,76 @@ ONE_GROUP = [routing for routing in ROUTINGS if routing.num_expert_groups == 1]
 def prepared(device, monkeypatch):
     """What calls of this test alone have prepared. Nobody gave up."""
     if device.type == "cpu":
-        monkeypatch.setattr(decode_one, "MAX_POLLS", 100)
+        monkeypatch.setattr(decode_few, "MAX_POLLS", 100)
     monkeypatch.setattr(decode, "_prepared", OrderedDict())
     monkeypatch.setattr(module, "_repeatable", WeakValueDictionary())
     yield decode._prepared
     for each in decode._prepared.values():
-        if isinstance(each, OneToken):
+        if isinstance(each, FewTokens):
             for counters in each.scratch.of_stream.values():
                 assert not counters[FLAG.value * LINE.value]
 
 
-def run_one(x, layer):
+def run_few(x, layer):
     """What the op gives, by this kernel."""
     results = run(x, layer, backend="triton", return_router_logits=True)
-    assert isinstance(decode._prepared[decode._key(x, layer, "auto", is_traced=False)], OneToken)
+    assert isinstance(decode._prepared[decode._key(x, layer, "auto", is_traced=False)], FewTokens)
     return results
 
 
-def inputs(H, I, E, routing, dtype, device, seed=0):
-    return make_decode_inputs(1, H, I, E, with_bias(routing, E, device), dtype, device, seed)
+def inputs(T, H, I, E, routing, dtype, device, seed=0):
+    return make_decode_inputs(T, H, I, E, with_bias(routing, E, device), dtype, device, seed)
 
 
 # Values
 
 
 @every_dtype
+@pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize("routing", ONE_GROUP, ids=describe)
-def test_every_routing(routing, dtype, device):
-    x, layer = inputs(24, 20, 8, routing._replace(routed_scaling_factor=2.5), dtype, device)
-    assert_right(x, layer, run_one)
+def test_every_routing(routing, T, dtype, device):
+    x, layer = inputs(T, 24, 20, 8, routing._replace(routed_scaling_factor=2.5), dtype, device)
+    assert_right(x, layer, run_few)
 
 
 @every_dtype
 @pytest.mark.parametrize(
-    "H, I, E, K", [(1, 1, 1, 1), (37, 13, 9, 9), (150, 136, 3, 2), (9, 5, 33, 16), (24, 600, 2, 1)], ids=str
+    "T, H, I, E, K",
+    [
+        (1, 1, 1, 1, 1),
+        (2, 37, 13, 9, 9),
+        (5, 150, 136, 3, 2),
+        (4, 9, 5, 33, 16),
+        (6, 24, 600, 2, 1),
+        (6, 40, 24, 200, 8),
+    ],
+    ids=str,
 )
-def test_sizes(H, I, E, K, dtype, device):
-    """Nothing a power of two, more experts than a token takes, all of them, rows of several chunks."""
-    x, layer = inputs(H, I, E, Routing(K), dtype, device)
-    assert_right(x, layer, run_one)
+def test_sizes(T, H, I, E, K, dtype, device):
+    """Nothing a power of two; more experts than tokens take, all of them, the same ones; rows of several chunks."""
+    x, layer = inputs(T, H, I, E, Routing(K), dtype, device)
+    assert_right(x, layer, run_few)
+
+
+@every_dtype
+@pytest.mark.parametrize("scale", ["row", "block"])
+@pytest.mark.parametrize("T, H, I, E, K", [(1, 24, 20, 8, 3), (3, 150, 136, 2, 1), (2, 9, 5, 3, 3)], ids=str)
+def test_float8(T, H, I, E, K, scale, dtype, device):
+    """Of one block and of several, the last ones not whole."""
+    x, layer = make_decode_inputs(T, H, I, E, Routing(K), dtype, device, scale=scale)
+    assert_right(x, layer, run_few)
+    assert_right(x, layer._replace(down_proj=layer.down_proj.to(dtype), down_scale=None), run_few)
 
 
 @pytest.mark.parametrize("hidden_act", list(ACTIVATIONS))
 def test_activations(hidden_act, device):
-    x, layer = inputs(16, 8, 4, Routing(2), torch.float32, device)
-    assert_right(x, layer._replace(hidden_act=hidden_act), run_one)
+    x, layer = inputs(2, 16, 8, 4, Routing(2), torch.float32, device)
+    assert_right(x, layer._replace(hidden_act=hidden_act), run_few)
 
 
 def test_a_router_in_float32(device):
-    x, layer = inputs(48, 8, 6, Routing(2), torch.bfloat16, device)
-    assert_right(x, layer._replace(router_weight=layer.router_weight.float()), run_one)
+    x, layer = inputs(2, 48, 8, 6, Routing(2), torch.bfloat16, device)
+    assert_right(x, layer._replace(router_weight=layer.router_weight.float()), run_few)
 
 
 @every_dtype
@@ -86,104 +106,111 @@ def test_a_router_in_float32(device):
 def test_ties_go_to_the_lowest_ids(routing, dtype, device):
     """Logits of three values only; experts differ, so that the output tells which were chosen."""
     E = 24
-    _, layer = inputs(4, 2, E, routing, dtype, device)
+    _, layer = inputs(1, 4, 2, E, routing, dtype, device)
     generator = torch.Generator(device).manual_seed(1)
     values = torch.randint(-1, 2, (E, 4), generator=generator, device=device).to(dtype)
     layer = layer._replace(router_weight=values)
-    for x in torch.eye(4, device=device, dtype=dtype).split(1):
-        assert_right(x.contiguous(), layer, run_one)
+    x = torch.eye(4, device=device, dtype=dtype)
+    for tokens in (x, *x.split(1)):
+        assert_right(tokens.contiguous(), layer, run_few)
 
 
 def test_equal_biased_scores_go_to_the_lowest_ids(device):
     routing = Routing(3, scoring="sigmoid", correction_bias=torch.ones(8, device=device))
-    x, layer = make_decode_inputs(1, 4, 2, 8, routing, torch.float32, device)
-    assert_right(x, layer._replace(router_weight=torch.zeros_like(layer.router_weight)), run_one)
+    x, layer = make_decode_inputs(3, 4, 2, 8, routing, torch.float32, device)
+    assert_right(x, layer._replace(router_weight=torch.zeros_like(layer.router_weight)), run_few)
 
 
 @every_dtype
 @pytest.mark.parametrize("routing", ONE_GROUP, ids=describe)
-def test_a_nan_is_told(routing, dtype, device):
-    x, layer = inputs(16, 8, 6, routing, dtype, device)
-    x[0, 3] = torch.nan
-    out, logits = run_one(x, layer)
-    assert out.isnan().all()
-    assert logits.isnan().all()
+def test_a_nan_is_its_tokens_alone(routing, dtype, device):
+    """Also where others take the same experts."""
+    x, layer = inputs(4, 16, 8, 6, routing, dtype, device)
+    want, _ = run_few(x, layer)
+    x[2, 3] = torch.nan
+    out, logits = run_few(x, layer)
+    assert out[2].isnan().all()
+    assert logits[2].isnan().all()
+    others = [0, 1, 3]
+    torch.testing.assert_close(out[others], want[others])  # no bits: what shares an expert is added in another order
 
 
 def test_down_rows_that_begin_off_a_word(device):
     """As they are read in words of two elements elsewhere."""
-    x, layer = inputs(24, 20, 6, Routing(2), torch.bfloat16, device)
-    want, _ = run_one(x, layer)
+    x, layer = inputs(2, 24, 20, 6, Routing(2), torch.bfloat16, device)
+    want, _ = run_few(x, layer)
     down = layer.down_proj
     off = torch.empty(down.numel() + 1, dtype=down.dtype, device=device)[1:].view_as(down).copy_(down)
     assert off.data_ptr() % 4
-    out, _ = run_one(x, layer._replace(down_proj=off))
+    out, _ = run_few(x, layer._replace(down_proj=off))
     torch.testing.assert_close(out, want)
 
 
 def test_tensors_that_are_not_contiguous(device):
-    x, layer = inputs(24, 20, 6, Routing(2), torch.bfloat16, device)
-    want, _ = run_one(x, layer)
+    x, layer = inputs(2, 24, 20, 6, Routing(2), torch.bfloat16, device)
+    want, _ = run_few(x, layer)
     strided = layer._replace(down_proj=layer.down_proj.transpose(1, 2).contiguous().transpose(1, 2))
     wide = torch.cat([x, x], 1)[:, ::2]
     assert not strided.down_proj.is_contiguous()
-    assert torch.equal(run_one(x, strided)[0], want)
-    assert torch.equal(run_one(wide, layer)[0], run_one(wide.contiguous(), layer)[0])
+    assert torch.equal(run_few(x, strided)[0], want)
+    assert torch.equal(run_few(wide, layer)[0], run_few(wide.contiguous(), layer)[0])
 
 
+@pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize(
     "config", [Config(4, 2, 2, 1, 2, 1), Config(2, 8, 16, 4, 8, 3), Config(1, 1, 4, 8, 1, 50)], ids=str
 )
-def test_every_config_is_right(config, device, monkeypatch):
+def test_every_config_is_right(config, T, device, monkeypatch):
     """More than one step of everything; fewer chunks ahead than there are, and more."""
-    monkeypatch.setattr(decode_one, "Config", lambda: config)
-    x, layer = inputs(280, 20, 5, Routing(3), torch.bfloat16, device)
-    assert_right(x, layer, run_one)
+    monkeypatch.setattr(decode_few, "config_of", lambda T, layer: config)
+    x, layer = inputs(T, 280, 20, 5, Routing(3), torch.bfloat16, device)
+    assert_right(x, layer, run_few)
 
 
 # Who gets it
 
 
 def test_what_it_takes(device):
-    x, layer = inputs(16, 8, 6, Routing(2), torch.bfloat16, device)
-    assert takes_one(x, layer)
-    assert not takes_one(torch.cat([x, x]), layer)
-    assert not takes_one(x[:0], layer)
-    assert not takes_one(x, layer._replace(routing=Routing(2, num_expert_groups=3, topk_groups=2)))
-    for options in ({"shared_intermediate_size": 8}, {"scale": "row"}):
-        assert not takes_one(*make_decode_inputs(1, 16, 8, 6, Routing(2), torch.bfloat16, device, **options))
-    for H, I, E, K in ((4, 2, 1025, 2), (4, 2, 20, 17), (4, 20000, 8, 8), (20000, 4, 8, 8)):
-        assert not takes_one(*make_decode_inputs(1, H, I, E, Routing(K), torch.bfloat16, device))
+    _, layer = inputs(1, 16, 8, 6, Routing(2), torch.bfloat16, device)
+    x = torch.randn(9, 16, device=device)
+    assert [takes_few(x[:T].bfloat16(), layer) for T in range(9)] == [False] + 6 * [True] + 2 * [False]
+    assert [takes_few(x[:T], layer) for T in range(7, 10)] == [True, True, False]
+    x = x[:1].bfloat16()
+    assert not takes_few(x, layer._replace(routing=Routing(2, num_expert_groups=3, topk_groups=2)))
+    shared = make_decode_inputs(1, 16, 8, 6, Routing(2), torch.bfloat16, device, shared_intermediate_size=8)
+    assert not takes_few(*shared)
+    for T, H, I, E, K in ((1, 4, 2, 1025, 2), (1, 4, 2, 20, 17), (5, 4, 2, 20, 16), (1, 20000, 4, 8, 8)):
+        assert not takes_few(*make_decode_inputs(T, H, I, E, Routing(K), torch.bfloat16, device))
 
 
 def test_a_policy_that_is_asked_for_is_the_schedules(prepared, device):
-    x, layer = inputs(24, 20, 8, Routing(3), torch.bfloat16, device)
+    x, layer = inputs(2, 24, 20, 8, Routing(3), torch.bfloat16, device)
     outs = [run(x, layer, backend="triton", policy=policy) for policy in POLICIES]
-    assert not any(isinstance(each, OneToken) for each in prepared.values())
+    assert not any(isinstance(each, FewTokens) for each in prepared.values())
     assert all(torch.equal(outs[0], out) for out in outs)
-    torch.testing.assert_close(run_one(x, layer)[0], outs[0], rtol=0.02, atol=0.02)
+    torch.testing.assert_close(run_few(x, layer)[0], outs[0], rtol=0.02, atol=0.02)
 
 
 def test_no_room(prepared, device, monkeypatch):
     """The schedule's kernel is launched, then and whenever the call is repeated."""
-    x, layer = inputs(24, 20, 8, Routing(3), torch.bfloat16, device)
+    x, layer = inputs(2, 24, 20, 8, Routing(3), torch.bfloat16, device)
 
     def refuse(*_):
         raise RuntimeError("too many blocks in cooperative launch")
 
-    monkeypatch.setattr(OneToken, "__call__", refuse)
+    monkeypatch.setattr(FewTokens, "__call__", refuse)
     want = run(x, layer, backend="triton", policy="static")
     for _ in range(2):
         assert torch.equal(run(x, layer, backend="triton"), want)
-    assert not any(isinstance(each, OneToken) for each in prepared.values())
+    assert not any(isinstance(each, FewTokens) for each in prepared.values())
 
 
 def test_other_errors_are_not_swallowed(device, monkeypatch):
     def fail(*_):
         raise RuntimeError("an illegal memory access")
 
-    monkeypatch.setattr(OneToken, "__call__", fail)
-    x, layer = inputs(24, 20, 8, Routing(3), torch.bfloat16, device)
+    monkeypatch.setattr(FewTokens, "__call__", fail)
+    x, layer = inputs(2, 24, 20, 8, Routing(3), torch.bfloat16, device)
     with pytest.raises(RuntimeError, match="an illegal memory access"):
         run(x, layer, backend="triton")
 
@@ -193,17 +220,19 @@ def test_other_errors_are_not_swallowed(device, monkeypatch):
 
 def test_repeated_calls_take_nothing_from_each_other(prepared, device, monkeypatch):
     """Other experts each time, straight to the launch, with and without logits, and scratch full of NaN before each."""
-    again, calls = OneToken.again, []
-    monkeypatch.setattr(OneToken, "again", lambda *arguments: calls.append(1) or again(*arguments))
-    _, layer = inputs(24, 8, 12, Routing(3), torch.bfloat16, device)
+    again, calls = FewTokens.again, []
+    monkeypatch.setattr(FewTokens, "again", lambda *arguments: calls.append(1) or again(*arguments))
+    _, layer = inputs(3, 24, 8, 12, Routing(3), torch.bfloat16, device)
     for seed in range(4):
-        x, _ = inputs(24, 8, 12, Routing(3), torch.bfloat16, device, seed)
-        assert_right(x, layer, run_one)
+        x, _ = inputs(3, 24, 8, 12, Routing(3), torch.bfloat16, device, seed)
+        assert_right(x, layer, run_few)
         (own,) = next(iter(prepared.values()))._own_of_stream.values()
         own.logits.fill_(torch.nan)
-        own.kept.tensors[1].fill_(torch.nan)
+        _, activated, lists = own.kept.tensors
+        activated.fill_(torch.nan)
+        lists.fill_(2**31 - 1)
         with poison_memory():
-            assert torch.equal(run(x, layer, backend="triton"), run_one(x, layer)[0])
+            assert torch.equal(run(x, layer, backend="triton"), run_few(x, layer)[0])
     assert len(calls) == 3 + 2 * 4 - 1
     assert len(prepared) == 1
 
@@ -215,8 +244,8 @@ def counters_of(prepared):
 
 
 def test_counters_wrap_around(prepared, device):
-    x, layer = inputs(16, 8, 6, Routing(2), torch.float32, device)
-    want, _ = run_one(x, layer)
+    x, layer = inputs(2, 16, 8, 6, Routing(2), torch.float32, device)
+    want, _ = run_few(x, layer)
     counters = counters_of(prepared)
     arrivals = counters // int(counters[LAUNCHES.value])  # each launch's
     for start in (2**31 - 2, 2**31 // int(arrivals.max()) - 1):
@@ -224,40 +253,42 @@ def test_counters_wrap_around(prepared, device):
         moved[LAUNCHES.value] = start
         counters.copy_(((moved + 2**31) % 2**32 - 2**31).int())
         for _ in range(4):
-            assert torch.equal(run_one(x, layer)[0], want)
+            assert torch.equal(run_few(x, layer)[0], want)
 
 
 def test_giving_up_is_told(prepared, device, monkeypatch):
     """By NaN, and under debug by an error; the next call is right."""
-    monkeypatch.setattr(decode_one, "MAX_POLLS", 3 if device.type == "cpu" else 2000)
-    x, layer = inputs(16, 8, 6, Routing(2), torch.float32, device)
-    want, _ = run_one(x, layer)
+    monkeypatch.setattr(decode_few, "MAX_POLLS", 3 if device.type == "cpu" else 2000)
+    x, layer = inputs(2, 16, 8, 6, Routing(2), torch.float32, device)
+    want, _ = run_few(x, layer)
     counters = counters_of(prepared)
     routed = ROUTED.value * LINE.value
     counters[routed] -= 1000  # as if those of earlier launches had never arrived
-    assert run_one(x, layer)[0].isnan().all()
+    assert run_few(x, layer)[0].isnan().all()
     monkeypatch.setenv("FLASH_MOE_DEBUG", "1")
     with pytest.raises(RuntimeError, match=r"one gave up, so the output of this call, .* is wrong"):
-        run_one(x, layer)
+        run_few(x, layer)
     counters[routed] += 1000
-    assert torch.equal(run_one(x, layer)[0], want)
+    assert torch.equal(run_few(x, layer)[0], want)
 
 
 # On a GPU, at the size of Qwen3-30B-A3B
 
 
-def qwen3(dtype, device, seed=0):
-    return inputs(2048, 768, 128, Routing(8), dtype, device, seed)
+def qwen3(dtype, device, seed=0, T=1, scale="none"):
+    return make_decode_inputs(T, 2048, 768, 128, Routing(8), dtype, device, seed, scale=scale)
 
 
 @pytest.mark.gpu
 @every_dtype
-def test_full_size(dtype, device):
-    for seed in range(5):
-        x, layer = qwen3(dtype, device, seed)
-        assert_right(x, layer, run_one)
-        first, _ = run_one(x, layer)
-        assert not sum((run_one(x, layer)[0] != first).any() for _ in range(100))
+@pytest.mark.parametrize("scale", ["none", "row", "block"])
+@pytest.mark.parametrize("T", [1, 2, 6])
+def test_full_size(T, scale, dtype, device):
+    for seed in range(2):
+        x, layer = qwen3(dtype, device, seed, T, scale)
+        assert_right(x, layer, run_few)
+        first, _ = run_few(x, layer)
+        assert not sum((run_few(x, layer)[0] != first).any() for _ in range(100))
 
 
 @pytest.mark.gpu
@@ -266,21 +297,23 @@ def test_full_size(dtype, device):
 )
 def test_other_models(H, I, E, K, device):
     """The last one's weights are more than 2^31 numbers."""
-    x, layer = inputs(H, I, E, Routing(K), torch.bfloat16, device)
-    assert_right(x, layer, run_one)
+    x, layer = inputs(3, H, I, E, Routing(K), torch.bfloat16, device)
+    assert_right(x[:1], layer, run_few)
+    assert_right(x, layer, run_few)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_launch_that_allocates_nothing_but_its_results_and_waits_for_nothing(dtype, device):
-    x, layer = inputs(256, 128, 32, Routing(4), dtype, device)
-    run_one(x, layer)
+@pytest.mark.parametrize("T", [1, 4])
+def test_one_launch_that_allocates_nothing_but_its_results_and_waits_for_nothing(T, dtype, device):
+    x, layer = inputs(T, 256, 128, 32, Routing(4), dtype, device)
+    run_few(x, layer)
     run(x, layer, backend="triton")
-    assert count_launches(partial(run_one, x, layer)) == 1
+    assert count_launches(partial(run_few, x, layer)) == 1
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run_one(x, layer)
+        run_few(x, layer)
         run(x, layer, backend="triton")
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -288,21 +321,22 @@ def test_one_launch_that_allocates_nothing_but_its_results_and_waits_for_nothing
 
 
 @pytest.mark.gpu
-def test_graph_replay_sees_changed_data_beside_eager_calls(device):
-    x, layer = qwen3(torch.bfloat16, device)
-    others = [qwen3(torch.bfloat16, device, seed)[0] for seed in range(4)]
-    want = [run_one(each, layer)[0].clone() for each in others]
+@pytest.mark.parametrize("T", [1, 3])
+def test_graph_replay_sees_changed_data_beside_eager_calls(T, device):
+    x, layer = qwen3(torch.bfloat16, device, T=T)
+    others = [qwen3(torch.bfloat16, device, seed, T)[0] for seed in range(4)]
+    want = [run_few(each, layer)[0].clone() for each in others]
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        outs = [run_one(x, layer)[0] for _ in range(3)]
+        outs = [run_few(x, layer)[0] for _ in range(3)]
     stream = torch.cuda.Stream()
     for number in range(20):
         x.copy_(others[number % 4])
         torch.cuda.synchronize()
         graph.replay()
         with torch.cuda.stream(stream):
-            beside = [run_one(each, layer)[0] for each in others]
+            beside = [run_few(each, layer)[0] for each in others]
         torch.cuda.synchronize()
         assert all(torch.equal(out, want[number % 4]) for out in outs)
         assert all(map(torch.equal, beside, want))
@@ -311,15 +345,15 @@ def test_graph_replay_sees_changed_data_beside_eager_calls(device):
 @pytest.mark.gpu
 def test_two_streams_at_once(device):
     _, layer = qwen3(torch.bfloat16, device)
-    xs = [qwen3(torch.bfloat16, device, seed)[0] for seed in range(2)]
-    want = [run_one(x, layer)[0] for x in xs]
+    xs = [qwen3(torch.bfloat16, device, seed, seed + 1)[0] for seed in range(2)]
+    want = [run_few(x, layer)[0] for x in xs]
     streams = [torch.cuda.Stream() for _ in xs]
     torch.cuda.synchronize()
     outs = [[], []]
     for _ in range(50):
         for stream, x, out in zip(streams, xs, outs, strict=True):
             with torch.cuda.stream(stream):
-                out.append(run_one(x, layer)[0])
+                out.append(run_few(x, layer)[0])
     torch.cuda.synchronize()
     for out, right in zip(outs, want, strict=True):
         assert all(torch.equal(each, right) for each in out)
@@ -329,8 +363,8 @@ def test_two_streams_at_once(device):
 @pytest.mark.parametrize("sms_left", [0, 1, 20])
 def test_a_partly_filled_gpu(sms_left, device):
     """The launch waits until there is room for all of its programs."""
-    x, layer = qwen3(torch.bfloat16, device)
-    want, _ = run_one(x, layer)
+    x, layer = qwen3(torch.bfloat16, device, T=2)
+    want, _ = run_few(x, layer)
     streams = [torch.cuda.Stream() for _ in range(3)]
     occupy(sms_left, 0.1, device)  # compiled before it matters
     torch.cuda.synchronize()
@@ -340,7 +374,7 @@ def test_a_partly_filled_gpu(sms_left, device):
         outs = []
         for stream in streams[:2]:
             with torch.cuda.stream(stream):
-                outs.append(run_one(x, layer)[0])
+                outs.append(run_few(x, layer)[0])
         torch.cuda.synchronize()
         assert done.all()
         assert all(torch.equal(out, want) for out in outs)
