@@ -52,7 +52,8 @@ def samples(backend, device):
     (x, down, up, indices, weights), dout = make_inputs("expert", device)
     s = torch.randn_like(weights)
     x, down, up, weights, logits = (t.requires_grad_() for t in (x, down, up, weights, logits))
-    gate, gate_up, dgate = (torch.randn(6, 24, device=device) for _ in range(3))
+    mlp, dmlp = make_inputs("mlp", device)
+    products = torch.randn(3, 6, 24, device=device).unbind()
     constant = x.detach()
     return {
         "flash_router": (logits, K, backend),
@@ -69,8 +70,8 @@ def samples(backend, device):
         ),
         "flash_expert_backward_tables": (dout, constant, indices, s, s, 9, backend),
         "flash_expert_backward_rows": (dout, constant, indices, s, s, 9, backend),
-        "gated_activation": (gate.requires_grad_(), gate_up.requires_grad_(), "silu"),
-        "gated_activation_backward": (dgate, gate.detach(), gate_up.detach(), "silu"),
+        "gated_mlp": (*(t.clone().requires_grad_() for t in mlp), "silu"),
+        "gated_mlp_backward": (dmlp, *mlp, *products, "silu", [True, False, True, True]),
     }  # fmt: skip
 
 
@@ -106,8 +107,8 @@ def test_every_op_has_a_sample(device):
         "flash_expert_backward_tokens",
         "flash_expert_backward_tables",
         "flash_expert_backward_rows",
-        "gated_activation",
-        "gated_activation_backward",
+        "gated_mlp",
+        "gated_mlp_backward",
     ],
 )
 def test_opcheck(name, backend, device):

@@ -1,4 +1,4 @@
-"""Dense gated MLP: matrix products through torch, the gated activation fused into one pass, or into the products."""
+"""Dense gated MLP: products through torch, the gated activation in one pass, or without gradients fused into them."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from flash_moe._activations import check_activation
 from flash_moe._backend import Backend, resolve_backend
 from flash_moe._checks import check_dtype, check_same_device, check_shape, check_tensor, float_dtypes
-from flash_moe.ops._reference.mlp import gated_activation_reference
+from flash_moe.ops._reference.mlp import mlp_reference
 from flash_moe.ops._register import register_op
 
 
@@ -52,15 +52,18 @@ def flash_mlp(
     weight_dtypes = float_dtypes(backend) if is_autocast else (hidden_states.dtype,)
     for name, weight in (("gate_proj", gate_proj), ("up_proj", up_proj), ("down_proj", down_proj)):
         check_dtype(name, weight, weight_dtypes)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden_states, gate_proj, up_proj))
-    if chosen is Backend.TRITON and not needs_grad:
-        return F.linear(_gated_product(hidden_states, gate_proj, up_proj, hidden_act), down_proj)
-    gate, up = F.linear(hidden_states, gate_proj), F.linear(hidden_states, up_proj)
-    if chosen is Backend.TRITON:
-        activated = torch.ops.flash_moe.gated_activation(gate, up, hidden_act)
+    if chosen is not Backend.TRITON:
+        return mlp_reference(hidden_states, gate_proj, up_proj, down_proj, hidden_act)
+    tensors = [hidden_states, gate_proj, up_proj, down_proj]
+    if is_autocast:
+        dtype = torch.get_autocast_dtype(hidden_states.device.type)
+        tensors = [x.to(dtype) for x in tensors]
+    rows = tensors[0] if hidden_states.dim() == 2 else tensors[0].reshape(-1, hidden_states.shape[-1])
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors[:3]):
+        out = torch.ops.flash_moe.gated_mlp(rows, *tensors[1:], hidden_act)[0]
     else:
-        activated = gated_activation_reference(gate, up, hidden_act)
-    return F.linear(activated, down_proj)
+        out = F.linear(torch.ops.flash_moe.gated_product(rows, *tensors[1:3], hidden_act), tensors[3])
+    return out if hidden_states.dim() == 2 else out.view(hidden_states.shape)
 
 
 def triton_flash_mlp_func(
@@ -68,18 +71,6 @@ def triton_flash_mlp_func(
 ) -> Tensor:
     """``flash_mlp`` with the Triton gated activation; raises where it cannot run."""
     return flash_mlp(hidden_states, gate_proj, up_proj, down_proj, hidden_act=hidden_act, backend="triton")
-
-
-def _gated_product(hidden_states: Tensor, gate_proj: Tensor, up_proj: Tensor, hidden_act: str) -> Tensor:
-    """act(gate_proj x) * up_proj x, ``[..., I]``, of which nobody wants a gradient."""
-    tensors = (hidden_states, gate_proj, up_proj)
-    if torch.is_autocast_enabled(hidden_states.device.type):
-        dtype = torch.get_autocast_dtype(hidden_states.device.type)
-        tensors = (hidden_states.to(dtype), gate_proj.to(dtype), up_proj.to(dtype))
-    x, *weights = tensors
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    activated = torch.ops.flash_moe.gated_product(rows, *weights, hidden_act)
-    return activated if x.dim() == 2 else activated.view(*x.shape[:-1], gate_proj.shape[0])
 
 
 def _product(x: Tensor, gate_proj: Tensor, up_proj: Tensor, hidden_act: str) -> Tensor:
@@ -92,50 +83,55 @@ def _product_fake(x: Tensor, gate_proj: Tensor, up_proj: Tensor, hidden_act: str
     return x.new_empty(x.shape[0], gate_proj.shape[0])
 
 
-def _forward(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
+def _forward(x: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, hidden_act: str) -> tuple[Tensor, ...]:
     from flash_moe.ops._triton import mlp
 
-    return mlp.gated_activation_forward(gate.contiguous(), up.contiguous(), hidden_act)
+    return mlp.gated_mlp_forward(x, gate_proj, up_proj, down_proj, hidden_act)
 
 
-def _forward_fake(gate: Tensor, up: Tensor, hidden_act: str) -> Tensor:
-    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+def _forward_fake(x: Tensor, gate_proj: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    shape = (x.shape[0], gate_proj.shape[0])
+    return x.new_empty(x.shape), *(x.new_empty(shape) for _ in range(3))
 
 
-def _backward(grad_out: Tensor, gate: Tensor, up: Tensor, hidden_act: str) -> tuple[Tensor, Tensor]:
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     from flash_moe.ops._triton import mlp
 
-    return mlp.gated_activation_backward(grad_out.contiguous(), gate.contiguous(), up.contiguous(), hidden_act)
+    grad_out, tensors, options = arguments[0], arguments[1:8], arguments[8:]
+    return mlp.gated_mlp_backward(grad_out, tensors[:4], tensors[4:], *options)
 
 
-def _backward_fake(grad_out: Tensor, gate: Tensor, up: Tensor, hidden_act: str) -> tuple[Tensor, Tensor]:
-    grad = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    return grad, torch.empty_like(grad)
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, wanted = arguments[1:5], arguments[-1]
+    return tuple(x.new_empty(x.shape if is_wanted else 0) for x, is_wanted in zip(inputs, wanted, strict=True))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
-    gate, up, ctx.hidden_act = inputs
-    ctx.save_for_backward(gate, up)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.hidden_act = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _backward_formula(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
-    gate, up = ctx.saved_tensors
-    dgate, dup = torch.ops.flash_moe.gated_activation_backward(grad_out, gate, up, ctx.hidden_act)
-    return dgate, dup, None
+def _backward_formula(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:4])
+    grads = torch.ops.flash_moe.gated_mlp_backward(grad_out, *ctx.saved_tensors, ctx.hidden_act, wanted)
+    return *(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)), None
 
 
 register_op(
     "gated_product(Tensor x, Tensor gate_proj, Tensor up_proj, str hidden_act) -> Tensor", _product, _product_fake
 )
+_TENSORS = "Tensor x, Tensor gate_proj, Tensor up_proj, Tensor down_proj"
 register_op(
-    "gated_activation(Tensor gate, Tensor up, str hidden_act) -> Tensor",
+    f"gated_mlp({_TENSORS}, str hidden_act) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     backward=_backward_formula,
     setup_context=_setup_context,
 )
 register_op(
-    "gated_activation_backward(Tensor grad_out, Tensor gate, Tensor up, str hidden_act) -> (Tensor, Tensor)",
+    f"gated_mlp_backward(Tensor grad_out, {_TENSORS}, Tensor gate, Tensor up, Tensor activated, str hidden_act, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

@@ -1,4 +1,9 @@
-"""Gated activation, out = act(gate) * up, and its backward, each in one launch; contiguous tensors, float32 math."""
+"""The gated MLP with gradients: products by torch and, a launch each, the gated activation and its backward.
+
+T tokens, H hidden size, I intermediate size. ``act(gate) * up`` takes contiguous tensors and is float32 math.
+"""
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -51,3 +56,27 @@ def gated_activation_backward(
     grid = (cdiv(numel, config["BLOCK"]),)
     launch(_gated_bwd_kernel, grid, (grad_out, gate, up, dgate, dup), (numel,), hidden_act, **config)
     return dgate, dup
+
+
+def gated_mlp_forward(
+    x: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, hidden_act: str
+) -> tuple[Tensor, ...]:
+    """``out [T, H]``, and what the backward takes: gate, up and their gated product, ``[T, I]``."""
+    gate, up = torch.mm(x, gate_proj.t()), torch.mm(x, up_proj.t())
+    activated = gated_activation_forward(gate, up, hidden_act)
+    return torch.mm(activated, down_proj.t()), gate, up, activated
+
+
+def gated_mlp_backward(
+    grad_out: Tensor, inputs: Sequence[Tensor], saved: Sequence[Tensor], hidden_act: str, wanted: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """The gradients of ``inputs``, as ``gated_mlp_forward`` takes them; what is not ``wanted`` is empty."""
+    (x, gate_proj, up_proj, down_proj), (gate, up, activated) = inputs, saved
+    nothing = x.new_empty(0)
+    ddown_proj = torch.mm(grad_out.t(), activated) if wanted[3] else nothing
+    dactivated = torch.mm(grad_out, down_proj)
+    dgate, dup = gated_activation_backward(dactivated, gate, up, hidden_act, out=(dactivated, torch.empty_like(up)))
+    dx = torch.mm(dgate, gate_proj).addmm_(dup, up_proj) if wanted[0] else nothing
+    dgate_proj = torch.mm(dgate.t(), x) if wanted[1] else nothing
+    dup_proj = torch.mm(dup.t(), x) if wanted[2] else nothing
+    return dx, dgate_proj, dup_proj, ddown_proj
