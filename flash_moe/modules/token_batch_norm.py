@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_moe.modules.rank_sums import sum_over_ranks
-from flash_moe.modules.recomputation import add_once, is_recomputing
+from flash_moe.modules.recomputation import add_once
+from flash_moe.ops._register import is_recomputing
 from flash_moe.ops.flash_gate import batch_norm_statistics, flash_gate
+
+DEFAULT_EPS, DEFAULT_MOMENTUM = 1e-5, 0.1  # of nn.BatchNorm1d
 
 
 def token_batch_norm(
@@ -41,28 +44,27 @@ def token_batch_norm_gate(x: Tensor, norm: nn.BatchNorm1d, gate_weight: Tensor) 
 
     In training it updates the running statistics as ``norm`` does, but not in a recomputed forward.
     """
+    eps = constant(norm.eps, DEFAULT_EPS)
     if not norm.training:
         statistics = (cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var))
-        return flash_gate(x, gate_weight, *statistics, eps=norm.eps)
-    mean, variance = _moving_statistics(x, norm)
-    return flash_gate(x, gate_weight, mean, variance, eps=norm.eps, is_batch=True)
-
-
-def _moving_statistics(x: Tensor, norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
-    """Mean and variance ``[H]`` of the columns, without a graph; the running ones move, but not in a recomputation."""
-    if torch.compiler.is_compiling():
-        # Whether it is a recomputation is asked when the graph runs, and so not of an op that takes the answer.
-        mean, variance, num_tokens = _statistics(x.detach().to(torch.float32), None)
-        _update_running(norm, mean, variance, num_tokens)
-        return mean, variance
-    return batch_norm_statistics(
+        return flash_gate(x, gate_weight, *statistics, eps=eps)
+    mean, variance = batch_norm_statistics(
         x,
         cast(Tensor, norm.running_mean),
         cast(Tensor, norm.running_var),
         cast(Tensor, norm.num_batches_tracked),
-        momentum=cast(float, norm.momentum),
-        is_update=not is_recomputing(),
+        momentum=constant(cast(float, norm.momentum), DEFAULT_MOMENTUM),
     )
+    return flash_gate(x, gate_weight, mean, variance, eps=eps, is_batch=True)
+
+
+def constant(value: float, default: float) -> float:
+    """``value``, which ``default`` nearly always is, for an op.
+
+    With ``dynamic=True`` torch.compile makes a tensor of a module's float at every call, in 5 us, if the graph uses it;
+    of one that is only compared it does not.
+    """
+    return default if value == default else value
 
 
 def _native_batch_norm(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:
