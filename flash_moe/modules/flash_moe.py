@@ -30,7 +30,7 @@ from flash_moe.modules.quantization import QuantizedTable, check_for_inference, 
 from flash_moe.modules.rank_sums import spans_ranks
 from flash_moe.modules.recomputation import LossOnTheSide, add_once, copy_once
 from flash_moe.modules.router_losses import load_balancing_loss, router_z_loss
-from flash_moe.modules.token_batch_norm import DEFAULT_EPS, constant, token_batch_norm, token_batch_norm_gate
+from flash_moe.modules.token_batch_norm import eps_of, token_batch_norm, token_batch_norm_gate
 from flash_moe.ops._register import is_watched
 from flash_moe.ops.expert_mlp import expert_mlp
 from flash_moe.ops.flash_expert import flash_expert
@@ -387,7 +387,7 @@ class FlashMoE(nn.Module):
         y, router_logits, experts = layer_inference(
             x,
             weights["router_gate"],
-            (cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), constant(norm.eps, DEFAULT_EPS)),
+            (cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), eps_of(norm)),
             weights["down_embed"],
             weights["up_embed"],
             (weights["gate_proj"], weights["up_proj"], weights["down_proj"]),

@@ -14,8 +14,6 @@ from flash_moe.modules.recomputation import add_once
 from flash_moe.ops._register import is_recomputing
 from flash_moe.ops.flash_gate import batch_norm_statistics, flash_gate
 
-DEFAULT_EPS, DEFAULT_MOMENTUM = 1e-5, 0.1  # of nn.BatchNorm1d
-
 
 def token_batch_norm(
     x: Tensor, norm: nn.BatchNorm1d, token_mask: Tensor | None = None, *, across_ranks: bool = False
@@ -44,7 +42,7 @@ def token_batch_norm_gate(x: Tensor, norm: nn.BatchNorm1d, gate_weight: Tensor) 
 
     In training it updates the running statistics as ``norm`` does, but not in a recomputed forward.
     """
-    eps = constant(norm.eps, DEFAULT_EPS)
+    eps = eps_of(norm)
     if not norm.training:
         statistics = (cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var))
         return flash_gate(x, gate_weight, *statistics, eps=eps)
@@ -53,18 +51,17 @@ def token_batch_norm_gate(x: Tensor, norm: nn.BatchNorm1d, gate_weight: Tensor) 
         cast(Tensor, norm.running_mean),
         cast(Tensor, norm.running_var),
         cast(Tensor, norm.num_batches_tracked),
-        momentum=constant(cast(float, norm.momentum), DEFAULT_MOMENTUM),
+        momentum=0.1 if norm.momentum == 0.1 else cast(float, norm.momentum),  # as in eps_of
     )
     return flash_gate(x, gate_weight, mean, variance, eps=eps, is_batch=True)
 
 
-def constant(value: float, default: float) -> float:
-    """``value``, which ``default`` nearly always is, for an op.
+def eps_of(norm: nn.BatchNorm1d) -> float:
+    """Of a module's float that an op takes torch.compile makes a tensor at every call, but not of one compared.
 
-    With ``dynamic=True`` torch.compile makes a tensor of a module's float at every call, in 5 us, if the graph uses it;
-    of one that is only compared it does not.
+    With ``dynamic=True``, and in 5 us. Of a global one, too, so PyTorch's own default stands here as a literal.
     """
-    return default if value == default else value
+    return 1e-5 if norm.eps == 1e-5 else norm.eps
 
 
 def _native_batch_norm(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:
