@@ -384,7 +384,7 @@ class FlashMoE(nn.Module):
 
     def _infer(self, x: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         config, norm = self.config, cast(nn.BatchNorm1d, self.router_norm)
-        y, router_logits, experts = layer_inference(
+        y, router_logits, *experts = layer_inference(
             x,
             weights["router_gate"],
             (cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), eps_of(norm)),
@@ -394,8 +394,11 @@ class FlashMoE(nn.Module):
             config.num_experts_per_tok,
             norm_topk_prob=config.norm_topk_prob,
             hidden_act=config.hidden_act,
+            wants_indices=config.track_expert_usage,
         )
-        return self._router_loss.keep(self._account(router_logits, experts, None), y), router_logits
+        if experts:
+            add_once(self._counts(), count_experts(experts[0], config.num_experts))
+        return self._router_loss.keep(None, y), router_logits
 
     def _mixture(
         self, x: Tensor, router_logits: Tensor, parameters: dict[str, Tensor], token_mask: Tensor | None
