@@ -75,12 +75,19 @@ def test_not_while_training_nor_where_somebody_watches(device, monkeypatch):
     assert not is_called(make_layer(torch.float32, device).train(), x, monkeypatch)
 
 
-def test_opcheck(device):
-    layer, x = make_layer(torch.float32, device), torch.randn(3, 24, device=device)
+@pytest.mark.parametrize("T", [1, 3])
+def test_opcheck(T, device):
+    layer, x = make_layer(torch.float32, device), torch.randn(T, 24, device=device)
     norm, weights = layer.router_norm, [parameter.detach() for parameter in layer._weights().values()]
     gate, down_embed, up_embed, *dense = weights
     arguments = (x, gate, norm.running_mean, norm.running_var, down_embed, up_embed, *dense, norm.eps, 3, False, "silu")
-    opcheck(torch.ops.flash_moe.layer_inference.default, arguments)
+    op = torch.ops.flash_moe.layer_inference.default
+    for wants_indices in (True, False):
+        opcheck(op, (*arguments, wants_indices))
+    *want, indices = op(*arguments, True)
+    assert indices.shape == (T, 3)
+    for result, expected in zip(op(*arguments, False), want, strict=True):
+        assert torch.equal(result, expected)
 
 
 def test_a_tensor_of_another_kind_goes_through_the_op(device, monkeypatch):

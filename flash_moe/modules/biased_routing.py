@@ -11,9 +11,9 @@ from torch import Tensor
 
 from flash_moe._backend import Backend, resolve_backend
 from flash_moe.modules.rank_sums import sum_over_ranks
-from flash_moe.modules.recomputation import add_once, is_recomputing
+from flash_moe.modules.recomputation import add_once
 from flash_moe.ops._reference.router import weigh_scores
-from flash_moe.ops._register import register_op
+from flash_moe.ops._register import is_recomputing, register_op
 from flash_moe.ops.flash_router import flash_router, with_dense_rows
 
 

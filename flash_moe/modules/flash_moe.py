@@ -30,7 +30,7 @@ from flash_moe.modules.quantization import QuantizedTable, check_for_inference, 
 from flash_moe.modules.rank_sums import spans_ranks
 from flash_moe.modules.recomputation import LossOnTheSide, add_once, copy_once
 from flash_moe.modules.router_losses import load_balancing_loss, router_z_loss
-from flash_moe.modules.token_batch_norm import token_batch_norm, token_batch_norm_gate
+from flash_moe.modules.token_batch_norm import eps_of, token_batch_norm, token_batch_norm_gate
 from flash_moe.ops._register import is_watched
 from flash_moe.ops.expert_mlp import expert_mlp
 from flash_moe.ops.flash_expert import flash_expert
@@ -347,7 +347,7 @@ class FlashMoE(nn.Module):
         return (
             not torch.is_autocast_enabled(x.device.type)
             and config.intermediate_size > 0
-            and config.router_bias_update_rate == 0
+            and "router_bias" not in self._buffers
             and not table_scales(self._modules["down_embed"], self._modules["up_embed"])
             and fuses_gate(x, config.backend)
         )
@@ -384,18 +384,21 @@ class FlashMoE(nn.Module):
 
     def _infer(self, x: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         config, norm = self.config, cast(nn.BatchNorm1d, self.router_norm)
-        y, router_logits, experts = layer_inference(
+        y, router_logits, *experts = layer_inference(
             x,
             weights["router_gate"],
-            (cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), norm.eps),
+            (cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var), eps_of(norm)),
             weights["down_embed"],
             weights["up_embed"],
             (weights["gate_proj"], weights["up_proj"], weights["down_proj"]),
             config.num_experts_per_tok,
             norm_topk_prob=config.norm_topk_prob,
             hidden_act=config.hidden_act,
+            wants_indices=config.track_expert_usage,
         )
-        return self._router_loss.keep(self._account(router_logits, experts, None), y), router_logits
+        if experts:
+            add_once(self._counts(), count_experts(experts[0], config.num_experts))
+        return self._router_loss.keep(None, y), router_logits
 
     def _mixture(
         self, x: Tensor, router_logits: Tensor, parameters: dict[str, Tensor], token_mask: Tensor | None
@@ -418,7 +421,7 @@ class FlashMoE(nn.Module):
         config = self.config
         sizes = (self.num_expert_keys, config.num_experts_per_tok)
         options: dict[str, Any] = {"norm_topk_prob": config.norm_topk_prob, "backend": config.backend}
-        if config.router_bias_update_rate == 0:
+        if "router_bias" not in self._buffers:
             return flash_routing(router_logits, *sizes, **options)
         bias = cast(Tensor, self.router_bias)
         if self.training:
@@ -430,7 +433,7 @@ class FlashMoE(nn.Module):
     def _account(self, router_logits: Tensor, experts: Tensor, token_mask: Tensor | None) -> Tensor | None:
         """Count the experts' usage and move the selection bias; returns ``router_loss``."""
         config = self.config
-        moves_bias = self.training and config.router_bias_update_rate > 0
+        moves_bias = self.training and "router_bias" in self._buffers
         wants_aux = self.training and config.router_aux_loss_coef > 0
         wants_z = self.training and config.router_z_loss_coef > 0
         # float32 in 16-bit layers too; float64 stays for the reference backend.

@@ -9,12 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_moe.ops._register import register_op
-
-
-def is_recomputing() -> bool:
-    """Whether this thread is inside a backward pass; a forward that runs there is one that ran before."""
-    return torch._C._current_graph_task_id() != -1
+from flash_moe.ops._register import is_recomputing, register_op
 
 
 def add_once(buffer: Tensor, increment: Tensor | int) -> None:

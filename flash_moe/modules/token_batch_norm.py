@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_moe.modules.rank_sums import sum_over_ranks
-from flash_moe.modules.recomputation import add_once, is_recomputing
+from flash_moe.modules.recomputation import add_once
+from flash_moe.ops._register import is_recomputing
 from flash_moe.ops.flash_gate import batch_norm_statistics, flash_gate
 
 
@@ -41,28 +42,26 @@ def token_batch_norm_gate(x: Tensor, norm: nn.BatchNorm1d, gate_weight: Tensor) 
 
     In training it updates the running statistics as ``norm`` does, but not in a recomputed forward.
     """
+    eps = eps_of(norm)
     if not norm.training:
         statistics = (cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var))
-        return flash_gate(x, gate_weight, *statistics, eps=norm.eps)
-    mean, variance = _moving_statistics(x, norm)
-    return flash_gate(x, gate_weight, mean, variance, eps=norm.eps, is_batch=True)
-
-
-def _moving_statistics(x: Tensor, norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
-    """Mean and variance ``[H]`` of the columns, without a graph; the running ones move, but not in a recomputation."""
-    if torch.compiler.is_compiling():
-        # Whether it is a recomputation is asked when the graph runs, and so not of an op that takes the answer.
-        mean, variance, num_tokens = _statistics(x.detach().to(torch.float32), None)
-        _update_running(norm, mean, variance, num_tokens)
-        return mean, variance
-    return batch_norm_statistics(
+        return flash_gate(x, gate_weight, *statistics, eps=eps)
+    mean, variance = batch_norm_statistics(
         x,
         cast(Tensor, norm.running_mean),
         cast(Tensor, norm.running_var),
         cast(Tensor, norm.num_batches_tracked),
-        momentum=cast(float, norm.momentum),
-        is_update=not is_recomputing(),
+        momentum=0.1 if norm.momentum == 0.1 else cast(float, norm.momentum),  # as in eps_of
     )
+    return flash_gate(x, gate_weight, mean, variance, eps=eps, is_batch=True)
+
+
+def eps_of(norm: nn.BatchNorm1d) -> float:
+    """Of a module's float that an op takes torch.compile makes a tensor at every call, but not of one compared.
+
+    With ``dynamic=True``, and in 5 us. Of a global one, too, so PyTorch's own default stands here as a literal.
+    """
+    return 1e-5 if norm.eps == 1e-5 else norm.eps
 
 
 def _native_batch_norm(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:

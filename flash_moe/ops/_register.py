@@ -50,6 +50,11 @@ def _register_autograd(name: str, backward: Callable[..., Any], setup_context: C
     library.register_autograd(name, formula, setup_context=remember)
 
 
+def is_recomputing() -> bool:
+    """Whether this thread is inside a backward pass; a forward that runs there is one that ran before."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def is_watched() -> bool:
     """Whether somebody has to see an op: a compiler, a tracer, a mode, or a transform such as vmap.
 

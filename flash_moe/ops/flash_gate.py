@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 from flash_moe._backend import Backend, resolve_backend
 from flash_moe._checks import FLOAT_DTYPES, check_dtype, check_same_device, check_shape
-from flash_moe.ops._register import register_op
+from flash_moe.ops._register import is_recomputing, register_op
 
 # A float32 product cannot use tensor cores. On an H200 at H 1024, N 128 16 tokens take 10 us, and torch 21; 64 tokens
 # take 101, and torch 23.
@@ -29,7 +29,8 @@ def batch_norm_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of each column of ``hidden_states``, for ``flash_gate``; the running statistics move.
 
-    By Triton alone, in one launch if H is 768 or more.
+    By Triton alone, in one launch if H is 768 or more. In a forward that activation checkpointing runs again the
+    running statistics stay as they are.
 
     Args:
         hidden_states: ``[T, H]``, float32, float16 or bfloat16, two tokens or more.
@@ -132,6 +133,8 @@ def _statistics(
     momentum: float,
     is_update: bool,
 ) -> tuple[Tensor, Tensor]:
+    # Asked here, since one compiled graph runs in both passes.
+    is_update = is_update and not is_recomputing()
     buffers = (running_mean, running_var, num_batches_tracked)
     statistics = _kernels().batch_norm_statistics(x, *buffers, momentum, is_update)
     if is_update:

@@ -4,6 +4,9 @@ T tokens, H hidden size, I intermediate size, E = N * N experts, K experts per t
 """
 
 from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +30,8 @@ def layer_inference(
     *,
     norm_topk_prob: bool = False,
     hidden_act: str = "silu",
-) -> tuple[Tensor, Tensor, Tensor]:
+    wants_indices: bool = True,
+) -> list[Tensor]:
     """Through Triton, for a caller that has checked the arguments: ``flash_gate``, ``flash_routing``, ``expert_mlp``.
 
     Args:
@@ -36,6 +40,7 @@ def layer_inference(
         statistics: BatchNorm's running mean and variance ``[H]``, and its eps.
         down_weights, up_weights, dense_weights: as ``expert_mlp`` takes them.
         num_experts_per_tok, norm_topk_prob, hidden_act: as ``flash_routing`` and ``flash_expert`` take them.
+        wants_indices: False leaves out the last result, which one or two tokens need no memory for then.
     Returns:
         ``y [T, H]``, ``router_logits [2, T, N]`` and ``indices [T, K]``, int64; without gradients.
     """
@@ -43,10 +48,9 @@ def layer_inference(
     tensors = (hidden_states, router_gate, mean, variance, down_weights, up_weights, *dense_weights)
     # An op costs the host 6 us.
     is_plain = not is_watched() and all(type(x) in PLAIN_TYPES for x in tensors)
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
-        _forward if is_plain else torch.ops.flash_moe.layer_inference
-    )
-    return forward(*[x.contiguous() for x in tensors], eps, num_experts_per_tok, norm_topk_prob, hidden_act)
+    forward: Callable[..., list[Tensor]] = _forward if is_plain else torch.ops.flash_moe.layer_inference
+    options = (num_experts_per_tok, norm_topk_prob, hidden_act, wants_indices)
+    return forward(*[x.contiguous() for x in tensors], eps, *options)
 
 
 class RepeatedInference:
@@ -76,35 +80,38 @@ def repeated_inference(
     """For calls like one of ``layer_inference`` that was checked, which nobody watches; ``None`` of more launches."""
     if _TensorGuards is None or not all(type(x) in PLAIN_TYPES and x.is_contiguous() for x in tensors):
         return None
-    from flash_moe.ops._triton import layer_inference as kernels
-
     x, router_gate, mean, variance, _, _, *dense = tensors
     gate, tokens = (router_gate, mean, variance, eps), x.view(-1, x.shape[-1])
-    launch = kernels.one_launch(tokens, gate, tuple(dense), num_experts_per_tok, norm_topk_prob, hidden_act)
+    launch = _kernels().one_launch(tokens, gate, tuple(dense), num_experts_per_tok, norm_topk_prob, hidden_act)
     return None if launch is None else RepeatedInference(tensors, eps, launch)
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from flash_moe.ops._triton import layer_inference as kernels
+@lru_cache
+def _kernels() -> ModuleType:
+    return import_module("flash_moe.ops._triton.layer_inference")
 
+
+def _forward(*arguments: Any) -> list[Tensor]:
     x, router_gate, mean, variance, down, up, *dense_weights = arguments[:9]
     eps, *options = arguments[9:]
-    return kernels.layer_inference(x, (router_gate, mean, variance, eps), (down, up), tuple(dense_weights), *options)
+    gate = (router_gate, mean, variance, eps)
+    results: list[Tensor] = _kernels().layer_inference(x, gate, (down, up), tuple(dense_weights), *options)
+    return results
 
 
-def _fake(hidden_states: Tensor, router_gate: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    num_experts_per_tok = arguments[-3]
-    T = hidden_states.shape[0]
-    indices = hidden_states.new_empty(T, num_experts_per_tok, dtype=torch.int64)
-    N = router_gate.shape[0] // 2
-    logits = hidden_states.new_empty_strided((2, T, N), (N, 2 * N, 1))
-    return torch.empty_like(hidden_states), logits, indices
+def _fake(hidden_states: Tensor, router_gate: Tensor, *arguments: Any) -> list[Tensor]:
+    num_experts_per_tok, *_, wants_indices = arguments[-4:]
+    T, N = hidden_states.shape[0], router_gate.shape[0] // 2
+    results = [torch.empty_like(hidden_states), hidden_states.new_empty_strided((2, T, N), (N, 2 * N, 1))]
+    if wants_indices:
+        results.append(hidden_states.new_empty(T, num_experts_per_tok, dtype=torch.int64))
+    return results
 
 
 register_op(
     "layer_inference(Tensor hidden_states, Tensor router_gate, Tensor mean, Tensor variance, Tensor down_weights, "
     "Tensor up_weights, Tensor gate_proj, Tensor up_proj, Tensor down_proj, float eps, int num_experts_per_tok, "
-    "bool norm_topk_prob, str hidden_act) -> (Tensor, Tensor, Tensor)",
+    "bool norm_topk_prob, str hidden_act, bool wants_indices) -> Tensor[]",
     _forward,
     _fake,
 )

@@ -24,10 +24,14 @@ def layer_inference(
     num_experts_per_tok: int,
     norm_topk_prob: bool,
     hidden_act: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``y [T, H]``, the gate's product ``[2, T, N]`` and ``indices [T, K]``."""
+    wants_indices: bool = True,
+) -> list[Tensor]:
+    """``y [T, H]``, the gate's product ``[2, T, N]`` and, if wanted, ``indices [T, K]``."""
+    options = (num_experts_per_tok, norm_topk_prob, hidden_act)
     if takes(x.shape[0], gate[0].shape[0] // 2, num_experts_per_tok):
-        return layer_few(x, gate, tables, dense, num_experts_per_tok, norm_topk_prob, hidden_act)
+        if wants_indices:
+            return [*layer_few(x, gate, tables, dense, *options)]
+        return [*few_tokens_like(x, gate, dense, *options)(x, *gate[:3], *tables, *dense)]
     is_few = len(x) <= MAX_FEW_TOKENS
     beside = SideStream(x)
     with beside:
@@ -42,14 +46,14 @@ def layer_inference(
     if is_few and variant_for(FORWARD, x, indices, len(tables[0])) == FUSED:
         beside.join()
         out, _ = fused_forward(*experts, hidden_act, residual=dense_sums)
-        return out, by_half, indices
+        return [out, by_half, indices][: 2 + wants_indices]
     out, _ = expert_forward(*experts, hidden_act)
     beside.join()
     if is_few:
         out += dense_sums
     else:
         out.addmm_(activated, dense[2].t())
-    return out, by_half, indices
+    return [out, by_half, indices][: 2 + wants_indices]
 
 
 def one_launch(
