@@ -50,8 +50,8 @@ MAX_SIDE_BY_SIDE = 128
 MAX_TAKE_ALL = 16
 # A threshold with up to twice as many sums as needed is found in a step or two; above this the longer sort costs more.
 MAX_WIDE = 128
-# The first threshold, of the way from what K sums surely reach to the best sum: with normal logits 1.1 counts are enough
-# at K 64, where up to twice as many sums will do, and 4 or 5 at K 512, where no more will; by halves 3, and 10 to 16.
+# The first threshold, of the way from what K sums surely reach to the best sum: with normal logits 1.1 counts are
+# enough at K 64, where up to twice as many sums do, and 4 or 5 at K 512, where no more do; by halves 3 and 10 to 16.
 FIRST_STEP, FIRST_STEP_TIGHT = tl.constexpr(0.1), tl.constexpr(0.2)
 # Then bounds are halved, which ends whatever the logits are.
 MAX_GUESSES = tl.constexpr(10)
@@ -512,6 +512,8 @@ def _router_bwd_kernel(
     K,
     BLOCK_N: tl.constexpr,
     K_POW2: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    VECTOR: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):
     """dlogits[half, t, n] = the sum of dscores[t, k] over the k whose expert has n as that half's key.
@@ -523,18 +525,20 @@ def _router_bwd_kernel(
     offset = half * half_stride + t * token_stride
     k = tl.arange(0, K_POW2)
     # Unsigned 32-bit: ids are below 2^32 here, and a 64-bit division costs several times more.
-    ids = tl.load(indices_ptr + t * K + k, mask=k < K, other=0).to(tl.uint32)
+    is_expert = k < (K if HAS_TAIL else K_POW2)
+    ids = tl.load(indices_ptr + t * K + k, mask=is_expert, other=0).to(tl.uint32)
     keys_per_half = tl.full([K_POW2], N, tl.uint32)
     row = ids // keys_per_half
     key = tl.where(half == 0, row, ids - row * keys_per_half)
     # Equal keys side by side, in a fixed order. N and K are below 2^16 and 2^13: 29 bits hold both, less the sign.
-    pairs = top(tl.where(k < K, (key.to(tl.int32) << log2(K_POW2)) | k, -1), K_POW2)
+    pairs = top(tl.where(is_expert, (key.to(tl.int32) << log2(K_POW2)) | k, -1), K_POW2, VECTOR)
+    is_pair = pairs >= 0 if HAS_TAIL else k >= 0
     order = pairs & (K_POW2 - 1)
     key = pairs >> log2(K_POW2)
-    dscores = tl.load(dout_ptr + t * K + order, mask=pairs >= 0, other=0.0).to(tl.float32)
+    dscores = tl.load(dout_ptr + t * K + order, mask=is_pair, other=0.0).to(tl.float32)
     inner = 0.0
     if OUTPUT != SCORES:
-        weights = tl.load(weights_ptr + t * K + order, mask=pairs >= 0, other=0.0)
+        weights = tl.load(weights_ptr + t * K + order, mask=is_pair, other=0.0)
         inner = tl.sum(dscores * weights)
         dscores = weights * (dscores - inner if OUTPUT == RENORMALIZED else dscores)
     _, dlogits = tl.associative_scan((key, dscores), 0, _add_equal)
@@ -545,7 +549,7 @@ def _router_bwd_kernel(
         unchosen = _softmax_part(logits_ptr + offset, n, n < N, log_sum, inner, OUTPUT)
         tl.store(dlogits_ptr + offset + n, round_for(dlogits_ptr, unchosen), mask=n < N)
     tl.debug_barrier()
-    is_key = ends & (pairs >= 0)
+    is_key = ends & is_pair
     dlogits += _softmax_part(logits_ptr + offset, key, is_key, log_sum, inner, OUTPUT)
     tl.store(dlogits_ptr + offset + key, round_for(dlogits_ptr, dlogits), mask=is_key)
 
@@ -724,4 +728,8 @@ def _backward(
         launch(_router_bwd_pairs_kernel, grid, tensors, sizes, block_t, block_n, k_pow2, output, num_warps=1)
     else:
         num_warps = max(1, k_pow2 // KEYS_PER_WARP)
-        launch(_router_bwd_kernel, (T, 2), tensors, sizes, block_n, k_pow2, output, num_warps=num_warps)
+        # With weights, or more keys, a network that knows what a lane holds takes too many registers: 255, and spills.
+        is_float = grad_logits.dtype == torch.float32
+        vector = FLOATS_PER_LANE if is_float and output == SCORES.value and k_pow2 <= MAX_SORT else 0
+        meta = block_n, k_pow2, K < k_pow2, vector, output
+        launch(_router_bwd_kernel, (T, 2), tensors, sizes, *meta, num_warps=num_warps)
