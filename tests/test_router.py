@@ -337,6 +337,23 @@ def test_logits_too_close_to_tell_apart_quickly(N, K, spread, backend, device):
 
 
 @both_backends
+@every_dtype
+@pytest.mark.parametrize("N, K", [(40, 20), (40, 64), (40, 128)], ids=str)
+def test_sums_that_are_not_spread_evenly(N, K, dtype, backend, device):
+    """Few sums far above the rest, or nearly as many as are chosen: a threshold is not where the counts suggest it."""
+    logits = torch.randn(2, 3, N, generator=torch.Generator().manual_seed(8))
+    logits[:, 0, 3] = 3e4
+    logits[0, 1, 5:] -= 3e4
+    logits[:, 2] = -logits[:, 2].exp()
+    assert_order(logits.to(device, dtype), K, backend)
+
+
+@both_backends
+def test_gradients_of_many_experts_a_token(backend, device):
+    assert_values_order_and_gradients(*make_router_inputs(1, 24, 256, torch.float32, device), backend)
+
+
+@both_backends
 @pytest.mark.parametrize("N, K", [(33, 20), (20, 40), (23, 130)], ids=str)
 def test_more_equal_sums_than_are_sorted_at_a_time(N, K, backend, device):
     logits = torch.randint(2, (2, 3, N), generator=torch.Generator().manual_seed(7)).float()

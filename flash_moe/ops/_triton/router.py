@@ -50,6 +50,12 @@ MAX_SIDE_BY_SIDE = 128
 MAX_TAKE_ALL = 16
 # A threshold with up to twice as many sums as needed is found in a step or two; above this the longer sort costs more.
 MAX_WIDE = 128
+# The first threshold, of the way from what K sums surely reach to the best sum: with normal logits 1.1 counts are
+# enough at K 64, where up to twice as many sums do, and 4 or 5 at K 512, where no more do; by halves 3 and 10 to 16.
+FIRST_STEP, FIRST_STEP_TIGHT = tl.constexpr(0.1), tl.constexpr(0.2)
+# Then bounds are halved, which ends whatever the logits are.
+MAX_GUESSES = tl.constexpr(10)
+TRIES_WITHOUT_SUMS = tl.constexpr(3)
 # Sums that tie with the worst chosen and do not fit among the sorted go through networks of this size: bfloat16 logits
 # leave some five of them at N 320, K 512, and another network of 512 takes a third longer.
 MAX_EXTRA = 64
@@ -209,14 +215,23 @@ def _count(threshold, fixed, other_ptr, length, LOG_R: tl.constexpr):
 
 
 @triton.jit
-def _find_threshold(
-    ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr, EXPECTS_TIES: tl.constexpr
-):
-    """How many sums of each list ``[2A]`` reach the threshold, and the threshold.
+def _next_threshold(low, high, log_low, log_high, log_aim, tries):
+    """Where between the bounds the logarithm of the count, as if it fell evenly, is ``log_aim``; or their middle."""
+    threshold = 0.5 * tl.maximum(low, -MAX_FLOAT) + 0.5 * tl.minimum(high, MAX_FLOAT)
+    if _are_finite(low, high) & (tries < MAX_GUESSES):
+        guess = low + (high - low) * ((log_low - log_aim) / (log_low - log_high))
+        threshold = tl.where((guess > low) & (guess < high), guess, threshold)
+    return threshold
 
-    K to WIDTH sums do; or more than WIDTH, and then fewer than K exceed it. Where ties are expected, bounds are sums
-    that occur, so that the search ends when none is left between them, and not only when no number is. A NaN is no
-    bound: it counts as above any threshold. There are none if the best sum is below infinity.
+
+@triton.jit
+def _find_threshold(ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr, IS_TIGHT: tl.constexpr):
+    """How many sums of each list ``[2A]`` reach the threshold, how many in all, and the threshold.
+
+    K to WIDTH sums do; or more than WIDTH, and then fewer than K exceed it. Where few counts between K and WIDTH are
+    left to hit, and after some tries, bounds are sums that occur, so that the search ends when none is left between
+    them, and not only when no number is. A NaN is no bound: it counts as above any threshold. There are none if the
+    best sum is below infinity.
     """
     list = tl.arange(0, 2 * A)
     rank = list & (A - 1)
@@ -227,31 +242,46 @@ def _find_threshold(
     beyond = (K + rank) // (rank + 1) - 1
     is_pair = (rank < N) & (beyond < N)
     bound = fixed + tl.load(other_ptr + beyond, mask=is_pair, other=0.0)
-    threshold = tl.max(tl.where(is_pair & (bound == bound), bound, float("-inf")))
+    bound = tl.max(tl.where(is_pair & (bound == bound), bound, float("-inf")))
     low = float("-inf")
     high = tl.load(ranked_ptr) + tl.load(ranked_ptr + R)
-    bounds_are_sums = EXPECTS_TIES & (high < float("inf"))
+    is_bounded = high < float("inf")
+    # That bound is reached by two to three times K sums: the first threshold lies a little above, where too few may.
+    threshold = bound
+    if _are_finite(bound, high):
+        threshold += (FIRST_STEP_TIGHT if IS_TIGHT else FIRST_STEP) * (high - bound)
     length = _list_length(list, N, K, A)
     first_ptr = other_ptr + tl.where(list < A, 0, A)
     counts = tl.zeros_like(length)
+    total = 0
+    log_aim = 0.5 * tl.log2(K * 1.0 * WIDTH)
+    log_low, log_high = 0.0, 0.0
+    tries = 0
     is_open = True
     while is_open:
         found = _count(threshold, fixed, first_ptr, length, log2(R))
-        if tl.sum(found) >= K:
-            counts, low = found, threshold
-            if EXPECTS_TIES:  # the last sum of a list that reaches the threshold
+        num_found = tl.sum(found)
+        log_found = tl.log2(tl.maximum(num_found, 1).to(tl.float32))
+        bounds_are_sums = is_bounded & (tries >= (0 if IS_TIGHT else TRIES_WITHOUT_SUMS))
+        tries += 1
+        if num_found >= K:
+            counts, total, low, log_low = found, num_found, threshold, log_found
+            if bounds_are_sums:  # the last sum of a list that reaches the threshold
                 last = fixed + tl.load(first_ptr + found - 1, mask=found > 0, other=0.0)
-                low = tl.where(bounds_are_sums, tl.min(tl.where(found > 0, last, float("inf"))), threshold)
+                low = tl.min(tl.where(found > 0, last, float("inf")))
         else:
-            high = threshold
-            if EXPECTS_TIES:  # the first that does not
+            high, log_high = threshold, log_found
+            if bounds_are_sums:  # the first that does not
                 first = fixed + tl.load(first_ptr + found, mask=found < length, other=0.0)
-                high = tl.where(bounds_are_sums, tl.max(tl.where(found < length, first, float("-inf"))), threshold)
-        threshold = 0.5 * tl.maximum(low, -MAX_FLOAT) + 0.5 * tl.minimum(high, MAX_FLOAT)
-        is_between = (threshold > low) & (threshold < high)
-        is_open = (tl.sum(counts) > WIDTH) & (low < high) & (bounds_are_sums | is_between)
-        threshold = tl.where(threshold > low, threshold, high)  # a sum as the upper bound is left to try, too
-    return counts, low
+                high = tl.max(tl.where(found < length, first, float("-inf")))
+        threshold = bound
+        is_open = total == 0
+        if total > WIDTH:
+            threshold = _next_threshold(low, high, log_low, log_high, log_aim, tries)
+            is_between = (threshold > low) & (threshold < high)
+            is_open = (low < high) & (bounds_are_sums | is_between)
+            threshold = tl.where(threshold > low, threshold, high)  # a sum as the upper bound is left to try, too
+    return counts, total, low
 
 
 @triton.jit
@@ -409,7 +439,7 @@ def _router_fwd_kernel(
     HALVES: tl.constexpr,
     TAKES_ALL: tl.constexpr,
     VECTOR: tl.constexpr,
-    EXPECTS_TIES: tl.constexpr,
+    IS_TIGHT: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):
     """A token's scratch: 2R scores, 2R ids and 2A ends of lists; then WIDTH sums and WIDTH ids."""
@@ -438,8 +468,7 @@ def _router_fwd_kernel(
     if TAKES_ALL:
         best, total = _sort_all(ranked_ptr, N, K, R, A, WIDTH, LOG_N, VECTOR)
     else:
-        counts, low = _find_threshold(ranked_ptr, N, K, R, A, WIDTH, EXPECTS_TIES)
-        total = tl.sum(counts)
+        counts, total, low = _find_threshold(ranked_ptr, N, K, R, A, WIDTH, IS_TIGHT)
         tl.store(_as_ints(ranked_ptr + 4 * R) + tl.arange(0, 2 * A), tl.cumsum(counts, 0))
         tl.debug_barrier()
         best = _sort_chosen(ranked_ptr, total, low, N, R, A, WIDTH, EXTRA, LOG_N, IS_QUICK, VECTOR)
@@ -483,6 +512,8 @@ def _router_bwd_kernel(
     K,
     BLOCK_N: tl.constexpr,
     K_POW2: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    VECTOR: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):
     """dlogits[half, t, n] = the sum of dscores[t, k] over the k whose expert has n as that half's key.
@@ -494,18 +525,20 @@ def _router_bwd_kernel(
     offset = half * half_stride + t * token_stride
     k = tl.arange(0, K_POW2)
     # Unsigned 32-bit: ids are below 2^32 here, and a 64-bit division costs several times more.
-    ids = tl.load(indices_ptr + t * K + k, mask=k < K, other=0).to(tl.uint32)
+    is_expert = k < (K if HAS_TAIL else K_POW2)
+    ids = tl.load(indices_ptr + t * K + k, mask=is_expert, other=0).to(tl.uint32)
     keys_per_half = tl.full([K_POW2], N, tl.uint32)
     row = ids // keys_per_half
     key = tl.where(half == 0, row, ids - row * keys_per_half)
     # Equal keys side by side, in a fixed order. N and K are below 2^16 and 2^13: 29 bits hold both, less the sign.
-    pairs = top(tl.where(k < K, (key.to(tl.int32) << log2(K_POW2)) | k, -1), K_POW2)
+    pairs = top(tl.where(is_expert, (key.to(tl.int32) << log2(K_POW2)) | k, -1), K_POW2, VECTOR)
+    is_pair = pairs >= 0 if HAS_TAIL else k >= 0
     order = pairs & (K_POW2 - 1)
     key = pairs >> log2(K_POW2)
-    dscores = tl.load(dout_ptr + t * K + order, mask=pairs >= 0, other=0.0).to(tl.float32)
+    dscores = tl.load(dout_ptr + t * K + order, mask=is_pair, other=0.0).to(tl.float32)
     inner = 0.0
     if OUTPUT != SCORES:
-        weights = tl.load(weights_ptr + t * K + order, mask=pairs >= 0, other=0.0)
+        weights = tl.load(weights_ptr + t * K + order, mask=is_pair, other=0.0)
         inner = tl.sum(dscores * weights)
         dscores = weights * (dscores - inner if OUTPUT == RENORMALIZED else dscores)
     _, dlogits = tl.associative_scan((key, dscores), 0, _add_equal)
@@ -516,7 +549,7 @@ def _router_bwd_kernel(
         unchosen = _softmax_part(logits_ptr + offset, n, n < N, log_sum, inner, OUTPUT)
         tl.store(dlogits_ptr + offset + n, round_for(dlogits_ptr, unchosen), mask=n < N)
     tl.debug_barrier()
-    is_key = ends & (pairs >= 0)
+    is_key = ends & is_pair
     dlogits += _softmax_part(logits_ptr + offset, key, is_key, log_sum, inner, OUTPUT)
     tl.store(dlogits_ptr + offset + key, round_for(dlogits_ptr, dlogits), mask=is_key)
 
@@ -610,7 +643,6 @@ def _forward(router_logits: Tensor, scores: Tensor, log_sums: Tensor, output: in
         (*router_logits.stride()[:2], T, N, K),
         **meta,
         VECTOR=0 if is_16_bit else FLOATS_PER_LANE,
-        EXPECTS_TIES=is_16_bit,
         OUTPUT=output,
         num_warps=num_warps,
         **limit,
@@ -645,6 +677,7 @@ def _shape_forward(num_expert_keys: int, num_experts_per_tok: int) -> tuple[dict
         "IS_QUICK": is_quick,
         "HALVES": 2 if is_quick and block_n <= MAX_SIDE_BY_SIDE else 1,
         "TAKES_ALL": takes_all,
+        "IS_TIGHT": 4 * K > 3 * width,
     }
     longest = max(block_n, width)
     if is_quick:
@@ -695,4 +728,8 @@ def _backward(
         launch(_router_bwd_pairs_kernel, grid, tensors, sizes, block_t, block_n, k_pow2, output, num_warps=1)
     else:
         num_warps = max(1, k_pow2 // KEYS_PER_WARP)
-        launch(_router_bwd_kernel, (T, 2), tensors, sizes, block_n, k_pow2, output, num_warps=num_warps)
+        # With weights, or more keys, a network that knows what a lane holds takes too many registers: 255, and spills.
+        is_float = grad_logits.dtype == torch.float32
+        vector = FLOATS_PER_LANE if is_float and output == SCORES.value and k_pow2 <= MAX_SORT else 0
+        meta = block_n, k_pow2, K < k_pow2, vector, output
+        launch(_router_bwd_kernel, (T, 2), tensors, sizes, *meta, num_warps=num_warps)
