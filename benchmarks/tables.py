@@ -236,7 +236,9 @@ def render_table(name: str, rows: Sequence[Row], language: str, root: Path, path
     if name.startswith("anchors "):
         return anchors_table(name.removeprefix("anchors "), rows, words, language, root)
     if name != "training" and not re.fullmatch(r"(gpu|cpu) \w+(: .+)?", name):
-        expected = "training, training history, profile, loss curve, soak, sparse gradients, gpu OP, cpu OP or anchors OP"
+        expected = (
+            "training, training history, profile, loss curve, soak, sparse gradients, gpu OP, cpu OP or anchors OP"
+        )
         raise ValueError(f"{path.name}: expected the table {expected}; got {name!r}")
     table, _, sizes = name.partition(": ")  # "gpu FlashMoE: T 4096" is the cases that begin so
     chosen = [row for row in rows if table_of(row) == table and (not sizes or row["case"].startswith(f"{sizes}, "))]

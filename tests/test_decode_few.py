@@ -1,4 +1,4 @@
-"""flash_decode's kernel for a few tokens: who gets it, values for every option, ties, NaN, waits, streams and graphs."""
+"""flash_decode's kernel for a few tokens: who gets it, values for every option, ties, NaN, waits, streams, graphs."""
 
 from collections import OrderedDict
 from functools import partial
@@ -7,13 +7,11 @@ from weakref import WeakValueDictionary
 import pytest
 import torch
 from test_decode import DTYPES, ROUTINGS, assert_right, describe, every_dtype, run, with_bias
-from test_decode_kernel import occupy
 
 from flash_moe._activations import ACTIVATIONS
 from flash_moe._moe_layer import Routing
 from flash_moe.ops import flash_decode as module
 from flash_moe.schedule.policies import POLICIES
-from flash_moe.schedule.trace import Trace
 from flash_moe.testing import make_decode_inputs, poison_memory
 
 pytest.importorskip("triton", reason="needs triton, which there is for Linux only")
@@ -340,49 +338,3 @@ def test_graph_replay_sees_changed_data_beside_eager_calls(T, device):
         torch.cuda.synchronize()
         assert all(torch.equal(out, want[number % 4]) for out in outs)
         assert all(map(torch.equal, beside, want))
-
-
-@pytest.mark.gpu
-def test_two_streams_at_once(device):
-    _, layer = qwen3(torch.bfloat16, device)
-    xs = [qwen3(torch.bfloat16, device, seed, seed + 1)[0] for seed in range(2)]
-    want = [run_few(x, layer)[0] for x in xs]
-    streams = [torch.cuda.Stream() for _ in xs]
-    torch.cuda.synchronize()
-    outs = [[], []]
-    for _ in range(50):
-        for stream, x, out in zip(streams, xs, outs, strict=True):
-            with torch.cuda.stream(stream):
-                out.append(run_few(x, layer)[0])
-    torch.cuda.synchronize()
-    for out, right in zip(outs, want, strict=True):
-        assert all(torch.equal(each, right) for each in out)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("sms_left", [0, 1, 20])
-def test_a_partly_filled_gpu(sms_left, device):
-    """The launch waits until there is room for all of its programs."""
-    x, layer = qwen3(torch.bfloat16, device, T=2)
-    want, _ = run_few(x, layer)
-    streams = [torch.cuda.Stream() for _ in range(3)]
-    occupy(sms_left, 0.1, device)  # compiled before it matters
-    torch.cuda.synchronize()
-    for _ in range(10):
-        with torch.cuda.stream(streams[2]):
-            done = occupy(sms_left, 4, device)
-        outs = []
-        for stream in streams[:2]:
-            with torch.cuda.stream(stream):
-                outs.append(run_few(x, layer)[0])
-        torch.cuda.synchronize()
-        assert done.all()
-        assert all(torch.equal(out, want) for out in outs)
-
-
-@pytest.mark.gpu
-def test_a_trace_is_of_the_schedule(device):
-    x, layer = qwen3(torch.bfloat16, device)
-    trace = Trace()
-    assert torch.equal(run(x, layer, trace=trace), run(x, layer, policy="static"))
-    assert trace.policy == "static"

@@ -18,8 +18,8 @@ from flash_moe._moe_layer import MoELayer, NoRoomError
 from flash_moe.ops._triton.counters import LINE, MAX_POLLS
 from flash_moe.ops._triton.decode_call import PreparedCall, check_flag, is_want_of_room
 from flash_moe.ops._triton.decode_config import Config, config_of, kernel_constants, tiles_of
-from flash_moe.ops._triton.decode_kernel import FEW, NUM_OWN, decode_kernel
 from flash_moe.ops._triton.decode_few import FewTokens, takes_few
+from flash_moe.ops._triton.decode_kernel import FEW, NUM_OWN, decode_kernel
 from flash_moe.ops._triton.decode_routing import TAKER_STRIDE
 from flash_moe.ops._triton.decode_scratch import Buffers, Own, State
 from flash_moe.ops._triton.decode_trace import MAX_RECORDS, fill_trace, make_records

@@ -15,6 +15,14 @@ BLOCK_OF_SCALE = tl.constexpr(SCALE_BLOCK)
 
 
 @triton.jit
+def num_scales(R: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr):
+    """Of an expert's weights ``[R, C]``, a row or a block each."""
+    if SCALE == "block":
+        return tl.cdiv(R, BLOCK_OF_SCALE) * tl.cdiv(C, BLOCK_OF_SCALE)
+    return R
+
+
+@triton.jit
 def _times(weights, x, sums, scale_ptr, row, column, C: tl.constexpr, SCALE: tl.constexpr):
     """sums + weights @ x; a scale of a block of 128 x 128 goes with each step, one of a row does not."""
     weights = widen(weights, x.dtype)

@@ -1,4 +1,4 @@
-"""flash_decode's kernel for a few tokens: a launch in which programs wait for one another twice, and for no single task.
+"""flash_decode's kernel for a few tokens: a launch in which programs wait for one another twice, for no single task.
 
 T tokens, H hidden size, I intermediate size, E experts, K experts a token, S = T * K slots, G programs, all on the GPU
 at once. Contiguous tensors; sums in float32 and in a fixed order. Each program
@@ -32,9 +32,8 @@ from flash_moe._moe_layer import MoELayer
 from flash_moe.ops._triton.counters import LINE, MAX_POLLS, arrive, wait_again
 from flash_moe.ops._triton.decode_call import PreparedCall, check_flag
 from flash_moe.ops._triton.decode_config import max_registers, scale_kind
-from flash_moe.ops._triton.decode_experts import BLOCK_OF_SCALE
-from flash_moe.ops._triton.decode_kernel import _num_scales
-from flash_moe.ops._triton.decode_routing import NO_LOGIT, TINY_SUM, _score
+from flash_moe.ops._triton.decode_experts import BLOCK_OF_SCALE, num_scales
+from flash_moe.ops._triton.decode_routing import NO_LOGIT, TINY_SUM, score
 from flash_moe.ops._triton.math import INTERPRETED, accurate_exp, activation, round_for
 from flash_moe.ops._triton.ranking import SMALLEST_KEY, ordered_key, with_ids
 from flash_moe.ops._triton.relaunch import Kept, Relaunch
@@ -104,15 +103,15 @@ def _route(
 
 @triton.jit
 def _take_best(keys, e):
-    """The largest key of each row: its id, its score, and the keys without it."""
+    """The largest key of each row: its id, its number, and the keys without it."""
     best = tl.max(keys, 1)[:, None]
     if keys.dtype == tl.int64:
-        id, score = ids_of(best).to(tl.int32), scores_of(best)
+        id, number = ids_of(best).to(tl.int32), scores_of(best)
         lowest = PADDING
     else:
-        id, score = ~best & ID_MASK, from_ordered(tl.where(best < 0, best | ID_MASK, best & ~ID_MASK))
+        id, number = ~best & ID_MASK, from_ordered(tl.where(best < 0, best | ID_MASK, best & ~ID_MASK))
         lowest = SMALLEST_KEY
-    return id, score, tl.where(e == id, lowest, keys)
+    return id, number, tl.where(e == id, lowest, keys)
 
 
 @triton.jit
@@ -136,7 +135,7 @@ def _select(
         total = tl.sum(accurate_exp(logits - largest), 1)[:, None]
     ranked = logits  # without a bias a softmax ranks as logits do
     if SCORING == "sigmoid" or HAS_BIAS:
-        ranked = _score(logits, largest, total, SCORING)
+        ranked = score(logits, largest, total, SCORING)
         if HAS_BIAS:
             ranked += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)
     if SCORING == "softmax" and not HAS_BIAS and logits_ptr.dtype.element_ty != tl.float32:
@@ -154,7 +153,7 @@ def _select(
         weights = tl.where(k < K, accurate_exp(chosen - tl.max(chosen, 1)[:, None]), 0.0)
         weights = weights / tl.sum(weights, 1)[:, None]
     else:
-        weights = tl.where(k < K, _score(chosen, largest, total, SCORING), 0.0)
+        weights = tl.where(k < K, score(chosen, largest, total, SCORING), 0.0)
         if NORM:
             weights = weights / (tl.sum(weights, 1)[:, None] + TINY_SUM)
     return ids, weights
@@ -222,7 +221,7 @@ def _gate_up(
         gate_ptr = gate_up_ptr + id * (2 * I * H)
         own_scale_ptr = scale_ptr
         if SCALE != "none":
-            own_scale_ptr += id * _num_scales(2 * I, H, SCALE)
+            own_scale_ptr += id * num_scales(2 * I, H, SCALE)
         gate = tl.zeros([ROWS, WIDTH // VECTOR], tl.float32)
         up = tl.zeros([ROWS, WIDTH // VECTOR], tl.float32)
         for first in tl.static_range(0, H, CHUNKS * WIDTH):
@@ -268,7 +267,7 @@ def _load_down(
     down_ptr, slots_ptr, chunk, row, end, S: tl.constexpr, H: tl.constexpr, I: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_I: tl.constexpr, IN_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """A chunk ``[rows, BLOCK_I]`` of all slots' down rows, each in PARTS; zeros from row ``end`` on and after the last."""
+    """A chunk ``[rows, BLOCK_I]`` of all slots' down rows, each in PARTS; zeros from row ``end`` on, and after all."""
     SCALE: tl.constexpr = 2 if IN_WORDS else 1
     slot = chunk // PARTS
     expert_ptr = down_ptr + tl.load(slots_ptr + slot, mask=slot < S, other=0).to(tl.int64) * (H * I)
@@ -346,9 +345,8 @@ def _down(
                 slot = chunk // PARTS
                 products = _down_products(tiles[0], activated_ptr, chunk, S, I, PARTS, BLOCK_I, VECTOR, IN_WORDS)
                 if SCALE != "none":
-                    own_scale_ptr = scale_ptr + tl.load(slots_ptr + slot, mask=slot < S, other=0).to(
-                        tl.int64
-                    ) * _num_scales(H, I, SCALE)
+                    id = tl.load(slots_ptr + slot, mask=slot < S, other=0).to(tl.int64)
+                    own_scale_ptr = scale_ptr + id * num_scales(H, I, SCALE)
                     products = _scaled(products, own_scale_ptr, row, chunk % PARTS * BLOCK_I, H, I, VECTOR, SCALE)
                 sums = _add_to_token(sums, products, slots_ptr, slot, S, T, BLOCK_S)
                 tiles = tiles[1:] + (tile,)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from flash_moe.ops._triton.counters import LINE, arrive, wait
 from flash_moe.ops._triton.decode_actor import STOP, WORDS_OF_TASK, push_released, push_stop, receive, run_scheduler
-from flash_moe.ops._triton.decode_experts import BLOCK_OF_SCALE, combine, down, gate_up
+from flash_moe.ops._triton.decode_experts import combine, down, gate_up, num_scales
 from flash_moe.ops._triton.decode_records import DOORBELL, WORDS, now, record
 from flash_moe.ops._triton.decode_routing import TAKER_STRIDE, find_slots, pairs_of, route, select
 from flash_moe.schedule.decode import FINISHED, SELECTED
@@ -250,7 +250,7 @@ def _routed_gate_up(
     e = tl.load(slots_ptr + slot)
     gate_up_ptr += e.to(tl.int64) * (2 * I * H)
     if SCALE != "none":
-        scale_ptr += e * _num_scales(2 * I, H, SCALE)
+        scale_ptr += e * num_scales(2 * I, H, SCALE)
     if BLOCK_T <= FEW:
         t = tl.arange(0, FEW)
         gate_up(x_ptr, gate_up_ptr, gate_up_ptr + I * H, scale_ptr, activated_ptr, begin, end, t, slot * T + t, t < T,
@@ -276,7 +276,7 @@ def _routed_down(
     e = tl.load(slots_ptr + slot)
     down_ptr += e.to(tl.int64) * (H * I)
     if SCALE != "none":
-        scale_ptr += e * _num_scales(H, I, SCALE)
+        scale_ptr += e * num_scales(H, I, SCALE)
     if BLOCK_T <= FEW:
         # All tokens are taken along, so that nothing is looked up before the weights are on their way.
         t, pairs, weights, is_pair = pairs_of(takers_ptr, pairs_ptr, weights_ptr, e, T, E, K, FEW, False)
@@ -292,13 +292,6 @@ def _routed_down(
         )
         down(down_ptr, scale_ptr, activated_ptr, products_ptr, begin, end, many, is_one, many, is_one, many_weights, e,
              STRIDE, PRODUCT_STRIDE, I, SCALE, ROWS, BLOCK_T, MANY_BLOCK, MANY_STAGES)  # fmt: skip
-
-
-@triton.jit
-def _num_scales(R: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr):
-    if SCALE == "block":
-        return tl.cdiv(R, BLOCK_OF_SCALE) * tl.cdiv(C, BLOCK_OF_SCALE)
-    return R
 
 
 @triton.jit

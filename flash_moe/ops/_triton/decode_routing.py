@@ -59,7 +59,7 @@ def route(
 
 
 @triton.jit
-def _score(logits, largest, total, SCORING: tl.constexpr):
+def score(logits, largest, total, SCORING: tl.constexpr):
     if SCORING == "softmax":
         return accurate_exp(logits - largest) / total
     small = accurate_exp(-tl.abs(logits))  # of either sign: an exponential that cannot overflow
@@ -166,7 +166,7 @@ def select(
     total = tl.sum(accurate_exp(logits - largest), 0)
     ranked = logits  # without a bias a softmax ranks as logits do
     if SCORING == "sigmoid" or HAS_BIAS or GROUPS > 1:
-        scores = _score(logits, largest, total, SCORING)
+        scores = score(logits, largest, total, SCORING)
         biased = scores
         if HAS_BIAS:
             biased += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)
@@ -187,7 +187,7 @@ def select(
         weights = tl.where(chosen, accurate_exp(logits - best), 0.0)
         weights = weights / tl.sum(weights, 0)
     else:
-        weights = tl.where(chosen, _score(logits, largest, total, SCORING), 0.0)
+        weights = tl.where(chosen, score(logits, largest, total, SCORING), 0.0)
         if NORM:
             weights = weights / (tl.sum(weights, 0) + TINY_SUM)
     if IS_LISTED:
