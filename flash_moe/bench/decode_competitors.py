@@ -131,7 +131,7 @@ def bind_block(inputs: DecodeInputs, experts_implementation: str) -> Any:
 def _find_ours(backend: str, first: DecodeInputs, policies: tuple[str, ...]) -> list[DecodeCompetitor | Absence]:
     """A competitor for each policy that ``backend`` takes; where it runs no schedule, one for the backend itself.
 
-    One launch has one for "auto", too, which is a kernel of its own for one token.
+    One launch has one for "auto", too, which is a kernel of its own for a few tokens.
     """
     found: list[DecodeCompetitor | Absence] = []
     for policy in policies or (("auto", *POLICIES) if backend == "triton" else POLICIES):

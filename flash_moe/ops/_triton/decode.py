@@ -124,7 +124,7 @@ def _launch(x: Tensor, layer: MoELayer, policy: str, logits: Tensor, out: Tensor
 
 
 def _prepare(x: Tensor, layer: MoELayer, policy: str, is_traced: bool) -> PreparedCall:
-    """A kernel of its own for one token, where nobody has asked for a policy or a trace, which it has not."""
+    """A kernel of its own for a few tokens, where nobody has asked for a policy or a trace, which it has not."""
     if policy == "auto" and not is_traced and takes_few(x, layer):
         return FewTokens(x, layer)
     return _prepare_scheduled(x, layer, policy, is_traced)
