@@ -5,10 +5,11 @@ Run: python benchmarks/layer.py --commit COMMIT --out FILE [--mode MODE] [--case
 
     eager     the layer as `flash-moe bench layer` has it, in the same process as the compiled one
     compiled  torch.compile(layer, fullgraph=True, dynamic=True): one compilation for all T from 2 on
+    reduce-overhead  torch.compile(layer, fullgraph=True, mode="reduce-overhead"), which makes CUDA graphs by itself
     autocast  parameters and tokens in float32 under bfloat16 autocast, with norm_topk_prob: as flash-moe train runs it
 
-Forward is evaluation without gradients, forward and backward is training. Both are called eagerly and in a CUDA graph.
-A compiled layer is compared with the eager one before it is timed.
+Forward is evaluation without gradients, forward and backward is training. Both are called eagerly and, but for
+reduce-overhead, in a CUDA graph. A compiled layer is compared with the eager one before it is timed.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from flash_moe.bench.cases import Sizes, parse_sizes
 from flash_moe.bench.machine import describe_machine
 from flash_moe.bench.timing import CudaTimer, percentiles
 
-T_OF = {"eager": (1, 64, 4096), "compiled": (1, 64, 4096), "autocast": (4096,)}
+T_OF = {"eager": (1, 64, 4096), "compiled": (1, 64, 4096), "reduce-overhead": (1, 64, 4096), "autocast": (4096,)}
+COMPILED: dict[str, dict[str, Any]] = {"compiled": {"dynamic": True}, "reduce-overhead": {"mode": "reduce-overhead"}}
 SIZES = (1024, 4096, 16384, 64)
 IDLE_START_TOKENS = 64  # as in flash-moe bench: so few are timed on an idle GPU
 # Of the norm: both round to bfloat16, and a logit that rounds otherwise may choose another expert.
@@ -62,6 +64,12 @@ def bind(mode: str, layer: nn.Module, call: Call, T: int, sizes: Sizes, which: s
     return partial(_forward_backward, call, x, dout, leaves, context)
 
 
+def new_step(call: Call) -> Any:
+    """What the step before returned may be overwritten."""
+    torch.compiler.cudagraph_mark_step_begin()
+    return call()
+
+
 def _forward(call: Call, x: Tensor, context: Callable[[], AbstractContextManager[Any]]) -> Tensor:
     with torch.no_grad(), context():
         return call(x)[0]
@@ -86,18 +94,21 @@ def check(actual: Call, expected: Call) -> None:
 
 def measure(mode: str, tokens: Sizes, sizes: Sizes, timer: CudaTimer) -> Iterator[dict[str, Any]]:
     layer = make_layer(mode, sizes)
-    call: Call = torch.compile(layer, fullgraph=True, dynamic=True) if mode == "compiled" else layer
+    call: Call = torch.compile(layer, fullgraph=True, **COMPILED[mode]) if mode in COMPILED else layer
     for which in ("forward", "forward_backward"):
         layer.train(which != "forward")
         for T in reversed(tokens):  # the largest first: a single token is compiled for itself
             if T == 1 and which != "forward":
                 continue  # BatchNorm cannot train on one token
             bound = bind(mode, layer, call, T, sizes, which)
-            if mode == "compiled":
+            if mode == "reduce-overhead":
+                bound = partial(new_step, bound)
+            if mode in COMPILED:
                 check(bound, bind(mode, layer, layer, T, sizes, which))
             timer.warm_up(bound)
             yield _row(mode, which, T, sizes, "", timer.time_eager(bound, idle_start=T <= IDLE_START_TOKENS))
-            yield _row(mode, which, T, sizes, ", CUDA graph", timer.time_graph([lambda bound=bound: bound]).times)
+            if mode != "reduce-overhead":
+                yield _row(mode, which, T, sizes, ", CUDA graph", timer.time_graph([lambda bound=bound: bound]).times)
             del bound
             timer.free()
 
