@@ -24,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_moe.ops._triton.counters import LINE, MAX_POLLS, arrive, wait_again
-from flash_moe.ops._triton.gate import _load_norm
 from flash_moe.ops._triton.math import accurate_exp, activation, round_for
 from flash_moe.ops._triton.ranking import SMALLEST_KEY, is_above, ordered_key, with_ids
 from flash_moe.ops._triton.relaunch import Kept, Relaunch
@@ -33,8 +32,8 @@ from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
 MAX_TOKENS, MAX_KEYS, MAX_CANDIDATES = 2, 256, 1024
 # A cache line each: how many launches there were, and what the programs of one count.
-LAUNCHES, ROUTED, DONE = (tl.constexpr(i) for i in range(3))
-NUM_COUNTERS = 3
+LAUNCHES, ROUTED, GATED, EXPERTS = (tl.constexpr(i) for i in range(4))
+NUM_COUNTERS = 4
 # Comparisons of keys at once: 32 for each of 128 threads.
 RANK_COMPARISONS = tl.constexpr(2**12)
 # Two programs an SM, of few threads with all registers there are: what a thread has asked for stands in them, and the
@@ -50,6 +49,16 @@ Weights = tuple[Tensor, ...]
 @triton.jit
 def _as_ints(float_ptr):
     return float_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@triton.jit
+def _load_norm(mean_ptr, variance_ptr, h, H, eps):
+    """As the gate's kernels have it, but for the last place: their root and division are 16 branches, one by one."""
+    mean = tl.load(mean_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+    variance = tl.load(variance_ptr + h, mask=h < H, other=1.0).to(tl.float32) + eps
+    rstd = tl.rsqrt(variance)
+    rest = tl.fma(-variance * rstd, rstd, 1.0)
+    return mean, tl.where(variance > 0.0, tl.fma(0.5 * rstd, rest, rstd), rstd)
 
 
 @triton.jit
@@ -72,15 +81,24 @@ def _route(
 
 
 @triton.jit
-def _make_keys(logits_ptr, keys_ptr, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A half's logits as keys into this program's memory; the log-sum-exp."""
+def _load_logits(logits_ptr, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    # Past the L1 cache, which knows nothing of other multiprocessors' stores.
     n = tl.arange(0, BLOCK_N)
-    # Past the L1 cache, which knows nothing of other multiprocessors' stores; and once, since all programs read them.
-    logits = tl.load(logits_ptr + n, mask=n < N, other=float("-inf"), cache_modifier=".cg").to(tl.float32)
+    return tl.load(logits_ptr + n, mask=n < N, other=float("-inf"), cache_modifier=".cg").to(tl.float32)
+
+
+@triton.jit
+def _make_keys(logits, logits_ptr, keys_ptr, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A half's logits as keys into this program's memory."""
+    n = tl.arange(0, BLOCK_N)
     keys = tl.where(n < N, ordered_key(logits), SMALLEST_KEY)
     if logits_ptr.dtype.element_ty != tl.float32:
         keys = with_ids(keys, n)
     tl.store(keys_ptr + n, keys)
+
+
+@triton.jit
+def _log_sum_exp(logits):
     largest = tl.reduce(logits, 0, _nan_max)
     total = tl.sum(accurate_exp(logits - largest), 0)
     log = tl.log(total)
@@ -89,12 +107,11 @@ def _make_keys(logits_ptr, keys_ptr, N: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _rank_half(
-    logits_ptr, keys_ptr, scores_ptr, ids_ptr,
+    logits, logits_ptr, keys_ptr, scores_ptr, ids_ptr,
     N: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, RANK_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The R best logits of a half and their ids, in order: a key's rank is how many stand above it."""
     n = tl.arange(0, BLOCK_N)
-    logits = tl.load(logits_ptr + n, mask=n < N, other=0.0, cache_modifier=".cg").to(tl.float32)
     num_above = tl.zeros([RANK_BLOCK, BLOCK_N], tl.int32)
     for first in tl.static_range(0, BLOCK_N, RANK_BLOCK):
         other = first + tl.arange(0, RANK_BLOCK)
@@ -317,7 +334,7 @@ def _layer_kernel(
             x_ptr, gate_ptr, up_ptr, activated_ptr, program - FIRST_GATED, num_programs - FIRST_GATED, T, H, I,
             HIDDEN_ACT, ROWS, GATE_CHUNKS, GATE_WIDTH,
         )  # fmt: skip
-        arrive(counters_ptr + DONE * LINE)
+        arrive(counters_ptr + GATED * LINE)
     if program < NUM_ROUTERS:
         _route(
             x_ptr, router_ptr, mean_ptr, variance_ptr, logits_ptr, eps, program, NUM_ROUTERS, T, H, 2 * N, ROUTE_ROWS,
@@ -332,15 +349,20 @@ def _layer_kernel(
         polls_left = wait_again(counters_ptr + ROUTED * LINE, launches, NUM_ROUTERS, polls_left)
         STEP: tl.constexpr = T if T < NUM_ROUTERS else NUM_ROUTERS
         for t in range(program % STEP, T, STEP):
-            log_sum = 0.0
             keys_ptr = _as_ints(ranked_ptr + 4 * BLOCK_N)
+            half_ptrs = (logits_ptr + 2 * t * N, logits_ptr + (2 * t + 1) * N)
+            # Both are asked for at once, and before any barrier.
+            logits = (_load_logits(half_ptrs[0], N, BLOCK_N), _load_logits(half_ptrs[1], N, BLOCK_N))
             for half in tl.static_range(2):
-                log_sum += _make_keys(logits_ptr + (2 * t + half) * N, keys_ptr + half * BLOCK_N, N, BLOCK_N)
+                _make_keys(logits[half], logits_ptr, keys_ptr + half * BLOCK_N, N, BLOCK_N)
+            log_sum = 0.0
+            if not NORM:
+                log_sum = _log_sum_exp(logits[0]) + _log_sum_exp(logits[1])
             tl.debug_barrier()  # all keys are there before any thread reads
             for half in tl.static_range(2):
                 ids_ptr = _as_ints(ranked_ptr + (2 + half) * BLOCK_N)
                 _rank_half(
-                    logits_ptr + (2 * t + half) * N, keys_ptr + half * BLOCK_N, ranked_ptr + half * BLOCK_N, ids_ptr,
+                    logits[half], logits_ptr, keys_ptr + half * BLOCK_N, ranked_ptr + half * BLOCK_N, ids_ptr,
                     N, R, BLOCK_N, RANK_BLOCK,
                 )  # fmt: skip
             tl.debug_barrier()  # all of it is there before any thread reads
@@ -350,14 +372,10 @@ def _layer_kernel(
                 H, N, K, C, NORM, HIDDEN_ACT, BLOCK_N, BLOCK_C, OWN, BLOCK_H, (H + BLOCK_H - 1) // BLOCK_H,
             )  # fmt: skip
             tl.debug_barrier()  # all have read before the next token's ranks are there
-        arrive(counters_ptr + DONE * LINE)
-    num_arrivals = NUM_ROUTERS + num_programs - FIRST_GATED
-    polls_left = wait_again(counters_ptr + DONE * LINE, launches, num_arrivals, polls_left)
+        arrive(counters_ptr + EXPERTS * LINE)
+    polls_left = wait_again(counters_ptr + GATED * LINE, launches, num_programs - FIRST_GATED, polls_left)
     for block in range(BLOCKS):
         row = first_row + block * DOWN_ROWS + tl.arange(0, DOWN_ROWS)
-        routed = ()
-        for t in tl.static_range(T):
-            routed = routed + (_routed_sum(scratch_ptr + t * K * H, weights_ptr + t * K, row, H, H, K, NORM, BLOCK_K),)
         sums = (tl.zeros([DOWN_ROWS, DOWN_WIDTH], tl.float32),) * T
         for part in tl.static_range(NUM_PARTS):
             new_sums = ()
@@ -370,10 +388,15 @@ def _layer_kernel(
             elif BLOCKS > 1:
                 end = tl.where(block + 1 < BLOCKS, H, 0)
                 down = _load_rows(down_ptr, row + DOWN_ROWS, end, 0, I, DOWN_CHUNKS, DOWN_WIDTH)
+        outs = ()
         for t in tl.static_range(T):
-            out = tl.sum(sums[t], 1) + routed[t]
+            outs = outs + (tl.sum(sums[t], 1),)
+        if block == 0:  # the chain of routing takes longest
+            polls_left = wait_again(counters_ptr + EXPERTS * LINE, launches, NUM_ROUTERS, polls_left)
+        for t in tl.static_range(T):
+            routed = _routed_sum(scratch_ptr + t * K * H, weights_ptr + t * K, row, H, H, K, NORM, BLOCK_K)
             # Whoever has given up waiting says so.
-            out = tl.where(polls_left > 0, out, float("nan"))
+            out = tl.where(polls_left > 0, outs[t] + routed, float("nan"))
             tl.store(out_ptr + t * H + row, round_for(out_ptr, out), mask=row < H)
     if program == 0:
         # All have read it before they arrived for the last time.
