@@ -192,7 +192,7 @@ def _rank(candidates, own, C: tl.constexpr):
     """Of candidates ``own [rows]`` rank among all, sum's key and expert id."""
     key, id, rank = 0, 0, 0
     for tile in tl.static_range((C + TILE - 1) // TILE):
-        is_own = (tile * TILE + tl.arange(0, TILE))[None, :] == own[:, None]
+        is_own = tile * TILE + tl.arange(0, TILE)[None, :] == own[:, None]
         key += tl.sum(tl.where(is_own, candidates[tile][0], 0), 1)
         id += tl.sum(tl.where(is_own, candidates[tile][1], 0), 1)
     for tile in tl.static_range((C + TILE - 1) // TILE):
