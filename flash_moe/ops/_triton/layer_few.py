@@ -7,12 +7,13 @@ The first half of the programs are routers. Each
 
     routes   takes a few of the router's logits, and waits for all others'
     ranks    orders both halves, and finds the rank of its own few of the C candidates, each warp for itself
-    experts  where one is among the K best: its dot with the token, and its row of ``up`` times the coefficient
+    experts  where one is among the K best: tells its id, and then its coefficient, from its dot with the token
 
-so nobody waits for a selection to be told, and from the logits to an expert's rows there is neither a barrier nor a
-trip to memory. A logit is published in one word with the launch's number: who reads the number has the logit, too. The other half take gate and up rows of the MLP meanwhile. Then all wait
-once more, and each adds its own columns of the output: rows of the MLP's last product, which it has asked for long
-before, and the experts' parts. So the chain of routing costs nothing but its own time, which reading 26 MB takes too.
+so nobody waits for a selection to be told, and from the logits to an expert's row there is neither a barrier nor a
+trip to memory. Logits, ids and coefficients are each published in one word with the launch's number: who reads the
+number has the rest, too. The other half take gate and up rows of the MLP meanwhile. Then all
+wait once more, and each adds its own columns of the output: rows of the MLP's last product, and of the experts' rows of
+``up`` what they ask for as soon as the ids are there. So the chain of routing costs nothing but its own time, which reading 26 MB takes too.
 """
 
 from dataclasses import dataclass
@@ -35,12 +36,14 @@ from flash_moe.ops._triton.sort import top
 
 MAX_TOKENS, MAX_KEYS, MAX_CANDIDATES = 2, 256, 1024
 # A cache line each: how many launches there were, and what the programs of one count.
-LAUNCHES, GATED, EXPERTS = (tl.constexpr(i) for i in range(3))
-NUM_COUNTERS = tl.constexpr(3)
+LAUNCHES, GATED = tl.constexpr(0), tl.constexpr(1)
+NUM_COUNTERS = tl.constexpr(2)
 # In a key with an id, and of the launch's number in a 16-bit logit's word.
 ID_MASK, NUMBER_MASK = tl.constexpr(8191), tl.constexpr(65535)
 # Of a row or of candidates, what a warp takes at a time: four elements a lane lie alike in the lanes whatever their size.
 TILE, LANES = tl.constexpr(128), tl.constexpr(32)
+# Of fewer than a warp has lanes, tl.gather does not compile.
+MIN_KEYS = 32
 # Two programs an SM, of few threads with all registers there are: what a thread has asked for stands in them, and the
 # program waits for fewer warps. Of 8 warps and 128 registers each one token takes 18.5 us instead of 15.7.
 NUM_WARPS, PROGRAMS_PER_SM, MAX_REGISTERS = 4, 2, 255
@@ -52,25 +55,42 @@ Weights = tuple[Tensor, ...]
 
 
 @triton.jit
-def _number(launches, dtype: tl.constexpr):
-    """The number of this launch as the low bits of a logit's word; each launch writes all words."""
-    if dtype == tl.float32:
-        return (launches + 1).to(tl.int64) & 0xFFFFFFFF
-    return (launches + 1) & NUMBER_MASK
+def _to_words(values, number):
+    """Values of 16 or 32 bits above the launch's number, of as many bits; each launch writes all words."""
+    if values.dtype == tl.float32:
+        return (values.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (number.to(tl.int64) & 0xFFFFFFFF)
+    else:
+        if values.dtype != tl.int32:
+            values = values.to(tl.int16, bitcast=True).to(tl.int32)
+        return (values << 16) | (number & NUMBER_MASK)
 
 
 @triton.jit
-def _to_words(logits, number):
-    if logits.dtype == tl.float32:
-        return (logits.to(tl.int32, bitcast=True).to(tl.int64) << 32) | number
-    return (logits.to(tl.int16, bitcast=True).to(tl.int32) << 16) | number
-
-
-@triton.jit
-def _from_words(words, dtype: tl.constexpr):
+def _floats(words, dtype: tl.constexpr):
     if dtype == tl.float32:
         return (words >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    return (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    else:
+        return (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _is_missing(words, number):
+    """Whether they are not this launch's, word by word, as 0 or 1."""
+    differing = (words ^ number).to(tl.int32)
+    if words.dtype == tl.int32:
+        differing &= NUMBER_MASK
+    return (differing != 0).to(tl.int32)
+
+
+@triton.jit
+def _wait_for_words(words_ptr, count, number, polls_left, BLOCK: tl.constexpr):
+    """``count`` words, and how many polls are left."""
+    at = tl.arange(0, BLOCK)
+    words = tl.load(words_ptr + at, mask=at < count, other=number, volatile=True)
+    while (tl.max(_is_missing(words, number), 0) > 0) & (polls_left > 0):
+        words = tl.load(words_ptr + at, mask=at < count, other=number, volatile=True)
+        polls_left -= 1
+    return words, polls_left
 
 
 @triton.jit
@@ -112,27 +132,17 @@ def _load_half(words_ptr, number, N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: 
 
 
 @triton.jit
-def _num_missing(high, low, number):
-    differing = (high ^ number) | (low ^ number)
-    if high.dtype == tl.int64:
-        is_missing = differing.to(tl.int32) != 0
-    else:
-        is_missing = (differing & NUMBER_MASK) != 0
-    return tl.max(tl.max(is_missing.to(tl.int32), 1), 0)
-
-
-@triton.jit
 def _wait_for_logits(
     words_ptr, number, polls_left, dtype: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """Both halves' logits, and how many polls are left."""
     high = _load_half(words_ptr, number, N, BLOCK_N, ROWS)
     low = _load_half(words_ptr + N, number, N, BLOCK_N, ROWS)
-    while (_num_missing(high, low, number) > 0) & (polls_left > 0):
+    while (tl.max(tl.max(_is_missing(high, number) | _is_missing(low, number), 1), 0) > 0) & (polls_left > 0):
         high = _load_half(words_ptr, number, N, BLOCK_N, ROWS)
         low = _load_half(words_ptr + N, number, N, BLOCK_N, ROWS)
         polls_left -= 1
-    return _from_words(high, dtype), _from_words(low, dtype), polls_left
+    return _floats(high, dtype), _floats(low, dtype), polls_left
 
 
 @triton.jit
@@ -160,9 +170,10 @@ def _best(logits, dtype: tl.constexpr, N: tl.constexpr, BLOCK_R: tl.constexpr):
 def _score_and_id(keys):
     if keys.dtype == tl.int64:
         return scores_of(keys), ids_of(keys).to(tl.int32)
-    # The bits below a 16-bit float's are all equal, to its sign.
-    ordered = tl.where(keys < 0, keys | ID_MASK, keys & ~ID_MASK)
-    return from_ordered(ordered), ID_MASK - (keys & ID_MASK)
+    else:
+        # The bits below a 16-bit float's are all equal, to its sign.
+        ordered = tl.where(keys < 0, keys | ID_MASK, keys & ~ID_MASK)
+        return from_ordered(ordered), ID_MASK - (keys & ID_MASK)
 
 
 @triton.jit
@@ -202,35 +213,34 @@ def _rank(candidates, own, C: tl.constexpr):
 
 @triton.jit
 def _experts(
-    x_ptr, down_ptr, up_ptr, candidates, log_sum, weights_ptr, parts_ptr, indices_ptr, own,
-    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, HIDDEN_ACT: tl.constexpr,
+    x_ptr, down_ptr, candidates, log_sum, ids_ptr, coefficients_ptr, weights_ptr, indices_ptr, number, own,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr,
 ):  # fmt: skip
-    """Of candidates ``own [rows]``, of which a warp has one, each a part of the output if among the K best."""
+    """Of candidates ``own [rows]``, of which a warp has one, id and coefficient if among the K best."""
     ROWS: tl.constexpr = own.shape[0]
     rank, key, id = _rank(candidates, own, C)
     is_chosen = ((own < C) & (rank < K))[:, None]
     row = id.to(tl.int64)[:, None] * H
-    rows = ()
+    tiles = ()
     for first_h in tl.static_range(0, H, TILE):
         h = first_h + tl.arange(0, TILE)[None, :]
-        down = tl.load(down_ptr + row + h, mask=is_chosen & (h < H), other=0.0)
-        up = tl.load(up_ptr + row + h, mask=is_chosen & (h < H), other=0.0)
-        rows = rows + ((down, up),)
-    tl.debug_barrier()  # all of it is asked for before the first is used, which a compiler takes for a waste of registers
+        tiles = tiles + (tl.load(down_ptr + row + h, mask=is_chosen & (h < H), other=0.0),)
+    lane = tl.arange(0, LANES)[None, :]
+    at, is_first = rank[:, None] + lane, is_chosen & (lane == 0)  # by a lane of each warp, which has them
+    id = tl.broadcast_to(id[:, None], [ROWS, LANES])
+    tl.atomic_xchg(ids_ptr + at, _to_words(id, number), mask=is_first, sem="relaxed")
+    tl.store(indices_ptr + at, id.to(tl.int64), mask=is_first)
     products = tl.zeros([ROWS, TILE], tl.float32)
     for tile in tl.static_range((H + TILE - 1) // TILE):
         h = tile * TILE + tl.broadcast_to(tl.arange(0, TILE)[None, :], [ROWS, TILE])
-        products += rows[tile][0].to(tl.float32) * tl.load(x_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+        products += tiles[tile].to(tl.float32) * tl.load(x_ptr + h, mask=h < H, other=0.0).to(tl.float32)
     weight = accurate_exp(from_ordered(key)[:, None] - log_sum)
     coefficient = activation(tl.sum(products, 1)[:, None], HIDDEN_ACT) * weight
-    for tile in tl.static_range((H + TILE - 1) // TILE):
-        h = tile * TILE + tl.arange(0, TILE)[None, :]
-        part = coefficient * rows[tile][1].to(tl.float32)
-        tl.store(parts_ptr + rank[:, None] * H + h, part, mask=is_chosen & (h < H))
-    lane = tl.arange(0, LANES)[None, :]
-    at, mask = rank[:, None] + lane, is_chosen & (lane == 0)  # by a lane of each warp, which has them
-    tl.store(weights_ptr + at, tl.broadcast_to(weight, [ROWS, LANES]), mask=mask)
-    tl.store(indices_ptr + at, tl.broadcast_to(id.to(tl.int64)[:, None], [ROWS, LANES]), mask=mask)
+    coefficient = tl.broadcast_to(coefficient, [ROWS, LANES])
+    tl.atomic_xchg(coefficients_ptr + at, _to_words(coefficient, number), mask=is_first, sem="relaxed")
+    if NORM:
+        weight = tl.broadcast_to(weight, [ROWS, LANES])
+        tl.atomic_xchg(weights_ptr + at, _to_words(weight, number), mask=is_first, sem="relaxed")
 
 
 @triton.jit
@@ -295,38 +305,30 @@ def _gate_up(
 
 
 @triton.jit
-def _routed_sum(parts_ptr, weights_ptr, row, end, H: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
-                BLOCK_K: tl.constexpr):  # fmt: skip
-    """The experts' parts of the output's columns ``row``."""
-    k = tl.arange(0, BLOCK_K)
-    mask = (k < K)[:, None] & (row < end)[None, :]
-    parts = tl.load(parts_ptr + k[:, None] * H + row[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-    routed = tl.sum(parts, 0)
-    if NORM:
-        routed = routed / tl.sum(tl.load(weights_ptr + k, mask=k < K, other=0.0, cache_modifier=".cg"), 0)
-    return routed
-
-
-@triton.jit
 def _layer_kernel(
     x_ptr, router_ptr, mean_ptr, variance_ptr, down_embed_ptr, up_embed_ptr, gate_ptr, up_ptr, down_ptr,
-    logits_ptr, out_ptr, counters_ptr, scratch_ptr, indices_ptr, eps, max_polls,
+    logits_ptr, out_ptr, counters_ptr, activated_ptr, indices_ptr, eps, max_polls,
     T: tl.constexpr, H: tl.constexpr, I: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr, NUM_ROUTERS: tl.constexpr,
     FIRST_GATED: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr, GATE_CHUNKS: tl.constexpr, GATE_WIDTH: tl.constexpr,
     DOWN_ROWS: tl.constexpr, DOWN_CHUNKS: tl.constexpr, DOWN_WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK_R: tl.constexpr, ROUTE_ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAIRS: tl.constexpr, OWN: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATED: tl.constexpr,
+    IDS: tl.constexpr, COEFFICIENTS: tl.constexpr, WEIGHTS: tl.constexpr, PAIRS: tl.constexpr, OWN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     launches = tl.load(counters_ptr + LAUNCHES * LINE)
-    # Behind the counters: each logit in a word, and from PAIRS on pairs of ranks [C]. Scratch: the experts' parts
-    # [T, K, H], their weights [T, K]; from ACTIVATED on, in the dtype of x, what lies between the MLP's products [T, I].
+    number = launches + 1
+    # Behind the counters: words of the logits [T, 2, N], of the experts' ids, coefficients and weights, each [T, K];
+    # pairs of ranks [C].
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
-    number = _number(launches, dtype)
-    words_ptr = (counters_ptr + NUM_COUNTERS * LINE).to(tl.pointer_type(number.dtype), bitcast=True)
-    weights_ptr = scratch_ptr + T * K * H
-    activated_ptr = (scratch_ptr + ACTIVATED).to(x_ptr.dtype, bitcast=True)
+    LONG: tl.constexpr = tl.pointer_type(tl.int64)
+    words_ptr = counters_ptr + NUM_COUNTERS * LINE
+    if dtype == tl.float32:
+        words_ptr = words_ptr.to(LONG, bitcast=True)
+    ids_ptr = counters_ptr + IDS
+    coefficients_ptr = (counters_ptr + COEFFICIENTS).to(LONG, bitcast=True)
+    weights_ptr = (counters_ptr + WEIGHTS).to(LONG, bitcast=True)
     NUM_PARTS: tl.constexpr = (I + DOWN_CHUNKS * DOWN_WIDTH - 1) // (DOWN_CHUNKS * DOWN_WIDTH)
     first_row = program * (BLOCKS * DOWN_ROWS)
     row = first_row + tl.arange(0, DOWN_ROWS)
@@ -361,13 +363,23 @@ def _layer_kernel(
             for first in tl.static_range(0, OWN, WARPS):
                 own = program // STEP + (first + tl.arange(0, WARPS)) * (NUM_ROUTERS // STEP)
                 _experts(
-                    x_ptr + t * H, down_embed_ptr, up_embed_ptr, candidates, log_sum, weights_ptr + t * K,
-                    scratch_ptr + t * K * H, indices_ptr + t * K, own, H, K, C, HIDDEN_ACT,
+                    x_ptr + t * H, down_embed_ptr, candidates, log_sum, ids_ptr + t * K, coefficients_ptr + t * K,
+                    weights_ptr + t * K, indices_ptr + t * K, number, own, H, K, C, NORM, HIDDEN_ACT,
                 )  # fmt: skip
-        arrive(counters_ptr + EXPERTS * LINE)
-    polls_left = wait_again(counters_ptr + GATED * LINE, launches, num_programs - FIRST_GATED, polls_left)
+    k = tl.arange(0, BLOCK_K)
+    ids = ()
+    for t in tl.static_range(T):
+        id_words, polls_left = _wait_for_words(ids_ptr + t * K, K, number, polls_left, BLOCK_K)
+        ids = ids + ((id_words >> 16) & NUMBER_MASK,)
     for block in range(BLOCKS):
         row = first_row + block * DOWN_ROWS + tl.arange(0, DOWN_ROWS)
+        mask = (k < K)[:, None] & (row < H)[None, :]
+        experts_up = ()
+        for t in tl.static_range(T):
+            at = ids[t].to(tl.int64)[:, None] * H + row[None, :]
+            experts_up = experts_up + (tl.load(up_embed_ptr + at, mask=mask, other=0.0),)
+        if block == 0:
+            polls_left = wait_again(counters_ptr + GATED * LINE, launches, num_programs - FIRST_GATED, polls_left)
         sums = (tl.zeros([DOWN_ROWS, DOWN_WIDTH], tl.float32),) * T
         for part in tl.static_range(NUM_PARTS):
             new_sums = ()
@@ -380,15 +392,15 @@ def _layer_kernel(
             elif BLOCKS > 1:
                 end = tl.where(block + 1 < BLOCKS, H, 0)
                 down = _load_rows(down_ptr, row + DOWN_ROWS, end, 0, I, DOWN_CHUNKS, DOWN_WIDTH)
-        outs = ()
         for t in tl.static_range(T):
-            outs = outs + (tl.sum(sums[t], 1),)
-        if block == 0:  # the chain of routing takes longest
-            polls_left = wait_again(counters_ptr + EXPERTS * LINE, launches, NUM_ROUTERS, polls_left)
-        for t in tl.static_range(T):
-            routed = _routed_sum(scratch_ptr + t * K * H, weights_ptr + t * K, row, H, H, K, NORM, BLOCK_K)
+            out = tl.sum(sums[t], 1)
+            words, polls_left = _wait_for_words(coefficients_ptr + t * K, K, number, polls_left, BLOCK_K)
+            routed = tl.sum(_floats(words, tl.float32)[:, None] * experts_up[t].to(tl.float32), 0)
+            if NORM:
+                words, polls_left = _wait_for_words(weights_ptr + t * K, K, number, polls_left, BLOCK_K)
+                routed = routed / tl.sum(_floats(words, tl.float32), 0)
             # Whoever has given up waiting says so.
-            out = tl.where(polls_left > 0, outs[t] + routed, float("nan"))
+            out = tl.where(polls_left > 0, out + routed, float("nan"))
             tl.store(out_ptr + t * H + row, round_for(out_ptr, out), mask=row < H)
     if program == 0:
         # All have read it before they arrived for the last time.
@@ -415,7 +427,7 @@ class _Sizes(NamedTuple):
 class _Memory:
     counters: Tensor
     kept: Kept | None = None
-    """Counters, scratch and indices, for a stream's calls that are not asked for indices."""
+    """Counters, buffers and indices, for a stream's calls that are not asked for indices."""
 
 
 class FewTokens:
@@ -434,8 +446,7 @@ class FewTokens:
         constants |= {"NORM": norm_topk_prob, "HIDDEN_ACT": hidden_act}
         numbers = (eps, MAX_POLLS)
         self._launch = Relaunch(_layer_kernel, num_programs, numbers, constants, num_warps=NUM_WARPS, **options)
-        self._scratch_numel = constants["ACTIVATED"] + cdiv(T * I * dtype.itemsize, 4)
-        self._num_pairs = T * K
+        self._activated_layout, self._num_pairs = (T * I, dtype), T * K
         self._logits_layout = (2, T, N), (N, 2 * N, 1)
         self.memory = Scratch(partial(_make_memory, device, sizes), device)
 
@@ -454,19 +465,20 @@ class FewTokens:
         memory = self.memory.get(stream, is_capturing=is_capturing)
         kept = memory.kept
         if indices is not None or is_capturing:  # a graph's memory is for its pool to use again
-            kept = self._with_scratch(memory.counters, indices)
+            kept = self._with_buffers(memory.counters, indices)
         elif kept is None:
-            kept = memory.kept = keep(partial(self._with_scratch, memory.counters), self._device)
+            kept = memory.kept = keep(partial(self._with_buffers, memory.counters), self._device)
         out = torch.empty_like(x)
         logits = x.new_empty_strided(*self._logits_layout)
         self._launch((x, *weights, logits, out), stream, kept)
         return out, logits
 
-    def _with_scratch(self, counters: Tensor, indices: Tensor | None = None) -> Kept:
-        scratch = torch.empty(self._scratch_numel, dtype=torch.float32, device=self._device)
+    def _with_buffers(self, counters: Tensor, indices: Tensor | None = None) -> Kept:
+        numel, dtype = self._activated_layout
+        activated = torch.empty(numel, dtype=dtype, device=self._device)
         if indices is None:
             indices = torch.empty(self._num_pairs, dtype=torch.int64, device=self._device)
-        return Kept.of(counters, scratch, indices)
+        return Kept.of(counters, activated, indices)
 
 
 def takes(T: int, num_expert_keys: int, num_experts_per_tok: int) -> bool:
@@ -508,16 +520,23 @@ def _plan(sizes: _Sizes, device: torch.device) -> FewTokens:
 
 
 def _make_memory(device: torch.device, sizes: _Sizes, count: int) -> list[_Memory]:
-    begin = _pairs_begin(sizes.T, sizes.N, sizes.dtype.itemsize)
+    begin = _word_begins(sizes.T, sizes.N, sizes.K, sizes.dtype.itemsize)["PAIRS"]
     pairs = _pairs(sizes.N, sizes.K, device)
-    counters = torch.zeros(count, cdiv(begin + len(pairs), LINE.value) * LINE.value, dtype=torch.int32, device=device)
+    counters = torch.zeros(count, _whole_lines(begin + len(pairs)), dtype=torch.int32, device=device)
     counters[:, begin : begin + len(pairs)] = pairs
     return [_Memory(own) for own in counters.unbind()]
 
 
-def _pairs_begin(T: int, N: int, itemsize: int) -> int:
-    """Of the pairs, behind counters and logits, which take 8 bytes each in float32, else 4."""
-    return NUM_COUNTERS.value * LINE.value + cdiv(2 * T * N * (itemsize // 2), LINE.value) * LINE.value
+def _word_begins(T: int, N: int, K: int, itemsize: int) -> dict[str, int]:
+    """Where words begin that are behind the counters and the logits', in int32."""
+    ids = NUM_COUNTERS.value * LINE.value + _whole_lines(2 * T * N * (itemsize // 2))
+    coefficients = ids + _whole_lines(T * K)
+    weights = coefficients + _whole_lines(2 * T * K)
+    return {"IDS": ids, "COEFFICIENTS": coefficients, "WEIGHTS": weights, "PAIRS": weights + _whole_lines(2 * T * K)}
+
+
+def _whole_lines(numel: int) -> int:
+    return cdiv(numel, LINE.value) * LINE.value
 
 
 def _pairs(N: int, K: int, device: torch.device) -> Tensor:
@@ -536,7 +555,7 @@ def kernel_constants(T: int, H: int, I: int, N: int, K: int, num_programs: int, 
     """The kernel's sizes and blocks, for weights of ``itemsize`` bytes."""
     num_routers = max(1, num_programs // 2)  # whatever T is: every launch adds as much to a counter
     width = 32 * 16 // itemsize  # 16 bytes for each thread of a warp
-    C, block_n = _num_pairs(N, K), max(16, next_power_of_2(N))
+    C, block_n = _num_pairs(N, K), max(MIN_KEYS, next_power_of_2(N))
     block_h = min(1024, next_power_of_2(max(16, H)))
     own = cdiv(C, max(1, num_routers // T))
     down_width = min(2 * width, next_power_of_2(max(16, I)))
@@ -553,14 +572,13 @@ def kernel_constants(T: int, H: int, I: int, N: int, K: int, num_programs: int, 
         "DOWN_CHUNKS": min(DOWN_CHUNKS, cdiv(I, down_width)),
         "DOWN_WIDTH": down_width,
         "BLOCKS": cdiv(cdiv(H, num_programs), DOWN_ROWS),
-        "BLOCK_R": max(2, next_power_of_2(min(N, K))),
+        "BLOCK_R": max(MIN_KEYS, next_power_of_2(min(N, K))),
         "ROUTE_ROWS": 2,
         "BLOCK_H": block_h,
         "BLOCK_N": block_n,
-        "PAIRS": _pairs_begin(T, N, itemsize),
+        **_word_begins(T, N, K, itemsize),
         "OWN": own,
         "BLOCK_K": next_power_of_2(K),
-        "ACTIVATED": cdiv(T * K * (H + 1), 4) * 4,
     }  # fmt: skip
 
 
