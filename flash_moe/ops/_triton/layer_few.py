@@ -11,9 +11,10 @@ The first half of the programs are routers. Each
 
 so nobody waits for a selection to be told, and from the logits to an expert's row there is neither a barrier nor a
 trip to memory. Logits, ids and coefficients are each published in one word with the launch's number: who reads the
-number has the rest, too. The other half take gate and up rows of the MLP meanwhile. Then all
-wait once more, and each adds its own columns of the output: rows of the MLP's last product, and of the experts' rows of
-``up`` what they ask for as soon as the ids are there. So the chain of routing costs nothing but its own time, which reading 26 MB takes too.
+number has the rest, too. The other half take gate and up rows of the MLP meanwhile. Then all wait once more, and each
+adds its own columns of the output: rows of the MLP's last product, which it has asked for long before, and of the
+experts' rows of ``up`` what it asked for when the ids were there. So the chain of routing costs nothing but its own
+time, which reading 26 MB takes too.
 """
 
 from dataclasses import dataclass
@@ -36,11 +37,11 @@ from flash_moe.ops._triton.sort import top
 
 MAX_TOKENS, MAX_KEYS, MAX_CANDIDATES = 2, 256, 1024
 # A cache line each: how many launches there were, and what the programs of one count.
-LAUNCHES, GATED = tl.constexpr(0), tl.constexpr(1)
+LAUNCHES, ARRIVED = tl.constexpr(0), tl.constexpr(1)
 NUM_COUNTERS = tl.constexpr(2)
 # In a key with an id, and of the launch's number in a 16-bit logit's word.
 ID_MASK, NUMBER_MASK = tl.constexpr(8191), tl.constexpr(65535)
-# Of a row or of candidates, what a warp takes at a time: four elements a lane lie alike in the lanes whatever their size.
+# Of a row or of candidates, what a warp takes at a time: of any dtype four elements a lane, which then lie alike.
 TILE, LANES = tl.constexpr(128), tl.constexpr(32)
 # Of fewer than a warp has lanes, tl.gather does not compile.
 MIN_KEYS = 32
@@ -309,8 +310,8 @@ def _layer_kernel(
     x_ptr, router_ptr, mean_ptr, variance_ptr, down_embed_ptr, up_embed_ptr, gate_ptr, up_ptr, down_ptr,
     logits_ptr, out_ptr, counters_ptr, activated_ptr, indices_ptr, eps, max_polls,
     T: tl.constexpr, H: tl.constexpr, I: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-    NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr, NUM_ROUTERS: tl.constexpr,
-    FIRST_GATED: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr, GATE_CHUNKS: tl.constexpr, GATE_WIDTH: tl.constexpr,
+    NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr, NUM_ROUTERS: tl.constexpr, FIRST_GATED: tl.constexpr,
+    WARPS: tl.constexpr, ROWS: tl.constexpr, GATE_CHUNKS: tl.constexpr, GATE_WIDTH: tl.constexpr,
     DOWN_ROWS: tl.constexpr, DOWN_CHUNKS: tl.constexpr, DOWN_WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK_R: tl.constexpr, ROUTE_ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
     IDS: tl.constexpr, COEFFICIENTS: tl.constexpr, WEIGHTS: tl.constexpr, PAIRS: tl.constexpr, OWN: tl.constexpr,
@@ -338,7 +339,7 @@ def _layer_kernel(
             x_ptr, gate_ptr, up_ptr, activated_ptr, program - FIRST_GATED, num_programs - FIRST_GATED, T, H, I,
             HIDDEN_ACT, ROWS, GATE_CHUNKS, GATE_WIDTH,
         )  # fmt: skip
-        arrive(counters_ptr + GATED * LINE)
+        arrive(counters_ptr + ARRIVED * LINE)
     if program < NUM_ROUTERS:
         _route(
             x_ptr, router_ptr, mean_ptr, variance_ptr, logits_ptr, words_ptr, number, eps, program, NUM_ROUTERS,
@@ -353,6 +354,8 @@ def _layer_kernel(
             high, low, polls_left = _wait_for_logits(
                 words_ptr + 2 * t * N, number, polls_left, dtype, N, BLOCK_N, WARPS
             )  # fmt: skip
+            if t == program % STEP:  # no launch is over before everybody knows its number
+                tl.atomic_add(counters_ptr + ARRIVED * LINE, 1, sem="relaxed")
             if not NORM:
                 log_sum = _log_sum_exp(high, N) + _log_sum_exp(low, N)
             high, low = _best(high, dtype, N, BLOCK_R), _best(low, dtype, N, BLOCK_R)
@@ -379,7 +382,8 @@ def _layer_kernel(
             at = ids[t].to(tl.int64)[:, None] * H + row[None, :]
             experts_up = experts_up + (tl.load(up_embed_ptr + at, mask=mask, other=0.0),)
         if block == 0:
-            polls_left = wait_again(counters_ptr + GATED * LINE, launches, num_programs - FIRST_GATED, polls_left)
+            num_arrivals = NUM_ROUTERS + num_programs - FIRST_GATED
+            polls_left = wait_again(counters_ptr + ARRIVED * LINE, launches, num_arrivals, polls_left)
         sums = (tl.zeros([DOWN_ROWS, DOWN_WIDTH], tl.float32),) * T
         for part in tl.static_range(NUM_PARTS):
             new_sums = ()
@@ -403,7 +407,7 @@ def _layer_kernel(
             out = tl.where(polls_left > 0, out + routed, float("nan"))
             tl.store(out_ptr + t * H + row, round_for(out_ptr, out), mask=row < H)
     if program == 0:
-        # All have read it before they arrived for the last time.
+        # All have read it before they arrived.
         tl.store(counters_ptr + LAUNCHES * LINE, launches + 1)
 
 
