@@ -6,12 +6,15 @@ of ranks that can be among a token's K best, G programs. Contiguous tensors; sum
 The first half of the programs are routers. Each
 
     routes   takes a few of the router's logits, and waits for all others'
-    ranks    orders both halves, and finds the rank of its own few of the C candidates, each program for itself
-    experts  where one is among the K best: its dot with the token, and its row of ``up`` times the coefficient
+    ranks    orders both halves, and finds the rank of its own few of the C candidates, each warp for itself
+    experts  where one is among the K best: tells its id, and then its coefficient, from its dot with the token
 
-so nobody waits for a selection to be told. The other half take gate and up rows of the MLP meanwhile. Then all wait
-once more, and each adds its own columns of the output: rows of the MLP's last product, which it has asked for long
-before, and the experts' parts. So the chain of routing costs nothing but its own time, which reading 26 MB takes too.
+so nobody waits for a selection to be told, and from the logits to an expert's row there is neither a barrier nor a
+trip to memory. Logits, ids and coefficients are each published in one word with the launch's number: who reads the
+number has the rest, too. The other half take gate and up rows of the MLP meanwhile. Then all wait once more, and each
+adds its own columns of the output: rows of the MLP's last product, which it has asked for long before, and of the
+experts' rows of ``up`` what it asked for when the ids were there. So the chain of routing costs nothing but its own
+time, which reading 26 MB takes too.
 """
 
 from dataclasses import dataclass
@@ -24,19 +27,24 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_moe.ops._triton.counters import LINE, MAX_POLLS, arrive, wait_again
-from flash_moe.ops._triton.gate import _load_norm
 from flash_moe.ops._triton.math import accurate_exp, activation, round_for
 from flash_moe.ops._triton.ranking import SMALLEST_KEY, is_above, ordered_key, with_ids
 from flash_moe.ops._triton.relaunch import Kept, Relaunch
+from flash_moe.ops._triton.router_keys import from_ordered, ids_of, long_keys, nan_max, scores_of
 from flash_moe.ops._triton.scratch import Scratch, current_stream, keep
 from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
+from flash_moe.ops._triton.sort import top
 
 MAX_TOKENS, MAX_KEYS, MAX_CANDIDATES = 2, 256, 1024
 # A cache line each: how many launches there were, and what the programs of one count.
-LAUNCHES, ROUTED, DONE = (tl.constexpr(i) for i in range(3))
-NUM_COUNTERS = 3
-# Comparisons of keys at once: 32 for each of 128 threads.
-RANK_COMPARISONS = tl.constexpr(2**12)
+LAUNCHES, ARRIVED = tl.constexpr(0), tl.constexpr(1)
+NUM_COUNTERS = tl.constexpr(2)
+# In a key with an id, and of the launch's number in a 16-bit logit's word.
+ID_MASK, NUMBER_MASK = tl.constexpr(8191), tl.constexpr(65535)
+# Of a row or of candidates, what a warp takes at a time: of any dtype four elements a lane, which then lie alike.
+TILE, LANES = tl.constexpr(128), tl.constexpr(32)
+# Of fewer than a warp has lanes, tl.gather does not compile.
+MIN_KEYS = 32
 # Two programs an SM, of few threads with all registers there are: what a thread has asked for stands in them, and the
 # program waits for fewer warps. Of 8 warps and 128 registers each one token takes 18.5 us instead of 15.7.
 NUM_WARPS, PROGRAMS_PER_SM, MAX_REGISTERS = 4, 2, 255
@@ -48,13 +56,57 @@ Weights = tuple[Tensor, ...]
 
 
 @triton.jit
-def _as_ints(float_ptr):
-    return float_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+def _to_words(values, number):
+    """Values of 16 or 32 bits above the launch's number, of as many bits; each launch writes all words."""
+    if values.dtype == tl.float32:
+        return (values.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (number.to(tl.int64) & 0xFFFFFFFF)
+    else:
+        if values.dtype != tl.int32:
+            values = values.to(tl.int16, bitcast=True).to(tl.int32)
+        return (values << 16) | (number & NUMBER_MASK)
+
+
+@triton.jit
+def _floats(words, dtype: tl.constexpr):
+    if dtype == tl.float32:
+        return (words >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        return (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _is_missing(words, number):
+    """Whether they are not this launch's, word by word, as 0 or 1."""
+    differing = (words ^ number).to(tl.int32)
+    if words.dtype == tl.int32:
+        differing &= NUMBER_MASK
+    return (differing != 0).to(tl.int32)
+
+
+@triton.jit
+def _wait_for_words(words_ptr, count, number, polls_left, BLOCK: tl.constexpr):
+    """``count`` words, and how many polls are left."""
+    at = tl.arange(0, BLOCK)
+    words = tl.load(words_ptr + at, mask=at < count, other=number, volatile=True)
+    while (tl.max(_is_missing(words, number), 0) > 0) & (polls_left > 0):
+        words = tl.load(words_ptr + at, mask=at < count, other=number, volatile=True)
+        polls_left -= 1
+    return words, polls_left
+
+
+@triton.jit
+def _load_norm(mean_ptr, variance_ptr, h, H, eps):
+    """As the gate's kernels have it, but for the last place: their root and division are 16 branches, one by one."""
+    mean = tl.load(mean_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+    variance = tl.load(variance_ptr + h, mask=h < H, other=1.0).to(tl.float32) + eps
+    rstd = tl.rsqrt(variance)
+    rest = tl.fma(-variance * rstd, rstd, 1.0)
+    return mean, tl.where(variance > 0.0, tl.fma(0.5 * rstd, rest, rstd), rstd)
 
 
 @triton.jit
 def _route(
-    x_ptr, router_ptr, mean_ptr, variance_ptr, logits_ptr, eps, program, num_routers,
+    x_ptr, router_ptr, mean_ptr, variance_ptr, logits_ptr, words_ptr, number, eps, program, num_routers,
     T: tl.constexpr, H: tl.constexpr, C2: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     for first_c in range(program * BLOCK_C, C2, num_routers * BLOCK_C):
@@ -68,151 +120,128 @@ def _route(
                 x = tl.load(x_ptr + t * H + h, mask=h < H, other=0.0).to(tl.float32)
                 mean, rstd = _load_norm(mean_ptr, variance_ptr, h, H, eps)
                 acc += weight * round_for(x_ptr, (x - mean) * rstd).to(tl.float32)[None, :]
-            tl.store(logits_ptr + t * C2 + c, round_for(logits_ptr, tl.sum(acc, 1)), mask=c < C2)
+            logits = round_for(logits_ptr, tl.sum(acc, 1))
+            tl.store(logits_ptr + t * C2 + c, logits, mask=c < C2)
+            tl.atomic_xchg(words_ptr + t * C2 + c, _to_words(logits, number), mask=c < C2, sem="relaxed")
 
 
 @triton.jit
-def _make_keys(logits_ptr, keys_ptr, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A half's logits as keys into this program's memory; the log-sum-exp."""
-    n = tl.arange(0, BLOCK_N)
-    # Past the L1 cache, which knows nothing of other multiprocessors' stores; and once, since all programs read them.
-    logits = tl.load(logits_ptr + n, mask=n < N, other=float("-inf"), cache_modifier=".cg").to(tl.float32)
-    keys = tl.where(n < N, ordered_key(logits), SMALLEST_KEY)
-    if logits_ptr.dtype.element_ty != tl.float32:
-        keys = with_ids(keys, n)
-    tl.store(keys_ptr + n, keys)
-    largest = tl.reduce(logits, 0, _nan_max)
-    total = tl.sum(accurate_exp(logits - largest), 0)
+def _load_half(words_ptr, number, N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
+    """A half's words, the same in each of the rows, of which a warp has one."""
+    n = tl.broadcast_to(tl.arange(0, BLOCK_N)[None, :], [ROWS, BLOCK_N])
+    return tl.load(words_ptr + n, mask=n < N, other=number, volatile=True)
+
+
+@triton.jit
+def _wait_for_logits(
+    words_ptr, number, polls_left, dtype: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Both halves' logits, and how many polls are left."""
+    high = _load_half(words_ptr, number, N, BLOCK_N, ROWS)
+    low = _load_half(words_ptr + N, number, N, BLOCK_N, ROWS)
+    while (tl.max(tl.max(_is_missing(high, number) | _is_missing(low, number), 1), 0) > 0) & (polls_left > 0):
+        high = _load_half(words_ptr, number, N, BLOCK_N, ROWS)
+        low = _load_half(words_ptr + N, number, N, BLOCK_N, ROWS)
+        polls_left -= 1
+    return _floats(high, dtype), _floats(low, dtype), polls_left
+
+
+@triton.jit
+def _log_sum_exp(logits, N: tl.constexpr):
+    is_logit = tl.arange(0, logits.shape[1])[None, :] < N
+    largest = tl.reduce(tl.where(is_logit, logits, float("-inf")), 1, nan_max, keep_dims=True)
+    total = tl.sum(tl.where(is_logit, accurate_exp(logits - largest), 0.0), 1, keep_dims=True)
     log = tl.log(total)
     return largest + (log + (total * accurate_exp(-log) - 1.0))  # as the router's kernel has it
 
 
 @triton.jit
-def _rank_half(
-    logits_ptr, keys_ptr, scores_ptr, ids_ptr,
-    N: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, RANK_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The R best logits of a half and their ids, in order: a key's rank is how many stand above it."""
-    n = tl.arange(0, BLOCK_N)
-    logits = tl.load(logits_ptr + n, mask=n < N, other=0.0, cache_modifier=".cg").to(tl.float32)
-    num_above = tl.zeros([RANK_BLOCK, BLOCK_N], tl.int32)
-    for first in tl.static_range(0, BLOCK_N, RANK_BLOCK):
-        other = first + tl.arange(0, RANK_BLOCK)
-        others = tl.load(keys_ptr + other)[:, None]
-        # As a tile of equal rows, so that each thread gets four neighbours, and few of the others to compare them with.
-        keys = tl.load(keys_ptr + tl.broadcast_to(n[None, :], [RANK_BLOCK, BLOCK_N]))
-        if logits_ptr.dtype.element_ty == tl.float32:
-            num_above += is_above(others, other[:, None], keys, n[None, :]).to(tl.int32)
-        else:
-            num_above += (others > keys).to(tl.int32)
-    ranks = tl.sum(num_above, 0)
-    is_kept = (ranks < R) & (n < N)
-    tl.store(scores_ptr + ranks, logits + 0.0, mask=is_kept)
-    tl.store(ids_ptr + ranks, n, mask=is_kept)
+def _best(logits, dtype: tl.constexpr, N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Keys of the best logits of each row, best first."""
+    ROWS: tl.constexpr = logits.shape[0]
+    n = tl.broadcast_to(tl.arange(0, logits.shape[1])[None, :], logits.shape)
+    if dtype == tl.float32:
+        keys = long_keys(logits + 0.0, n, n < N)
+    else:
+        keys = with_ids(tl.where(n < N, ordered_key(logits), SMALLEST_KEY), n)
+    return tl.reshape(top(tl.reshape(keys, [logits.shape[0] * logits.shape[1]]), BLOCK_R, 0, ROWS), [ROWS, BLOCK_R])
 
 
 @triton.jit
-def _nan_max(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+def _score_and_id(keys):
+    if keys.dtype == tl.int64:
+        return scores_of(keys), ids_of(keys).to(tl.int32)
+    else:
+        # The bits below a 16-bit float's are all equal, to its sign.
+        ordered = tl.where(keys < 0, keys | ID_MASK, keys & ~ID_MASK)
+        return from_ordered(ordered), ID_MASK - (keys & ID_MASK)
 
 
 @triton.jit
-def _list_pairs(
-    pairs_ptr, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ROWS: tl.constexpr
-):  # fmt: skip
-    """All pairs of ranks (i, j) with (i + 1) * (j + 1) <= K, i in the high half: any other has K pairs that beat it.
-
-    Into this program's memory, while it would only wait. From the host it would be a copy, which a graph cannot hold.
-    """
-    col = tl.arange(0, BLOCK_R)[None, :]
-    begin = 0
-    for first in range(0, R, BLOCK_ROWS):
-        row = first + tl.arange(0, BLOCK_ROWS)
-        length = tl.where(row < R, tl.minimum(K // (row + 1), R), 0)
-        at = begin + tl.cumsum(length, 0) - length
-        tl.store(pairs_ptr + at[:, None] + col, (row[:, None] << 16) | col, mask=col < length[:, None])
-        begin += tl.sum(length, 0)
+def _load_pairs(pairs_ptr, C: tl.constexpr, ROWS: tl.constexpr):
+    tiles = ()
+    for first in tl.static_range(0, C, TILE):
+        c = first + tl.broadcast_to(tl.arange(0, TILE)[None, :], [ROWS, TILE])
+        tiles = tiles + (tl.load(pairs_ptr + c, mask=c < C, other=0),)
+    return tiles
 
 
 @triton.jit
-def _candidates(ranked_ptr, pairs_ptr, c, mask, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Sums and expert ids of candidates, pairs of ranks."""
-    pair = tl.load(pairs_ptr + c, mask=mask, other=0)
-    row, col = pair >> 16, BLOCK_N + (pair & 0xFFFF)
-    sums = tl.load(ranked_ptr + row, mask=mask, other=0.0) + tl.load(ranked_ptr + col, mask=mask, other=0.0)
-    ids_ptr = _as_ints(ranked_ptr + 2 * BLOCK_N)
-    ids = tl.load(ids_ptr + row, mask=mask, other=0) * N + tl.load(ids_ptr + col, mask=mask, other=0)
-    return sums, ids
+def _candidates(high, low, pairs, N: tl.constexpr, C: tl.constexpr):
+    """Keys of the sums and expert ids of all pairs of ranks."""
+    tiles = ()
+    for tile in tl.static_range((C + TILE - 1) // TILE):
+        c = tile * TILE + tl.arange(0, TILE)[None, :]
+        high_score, high_id = _score_and_id(tl.gather(high, pairs[tile] >> 16, 1))
+        low_score, low_id = _score_and_id(tl.gather(low, pairs[tile] & 0xFFFF, 1))
+        keys = tl.where(c < C, ordered_key(high_score + low_score), SMALLEST_KEY)
+        tiles = tiles + ((keys, high_id * N + low_id),)
+    return tiles
 
 
 @triton.jit
-def _rank_candidates(
-    ranked_ptr, pairs_ptr, index, count, N: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Of candidates ``index``, ``index + count``, ..., four in all, rank among all, sum and expert id, as scalars."""
-    c = tl.arange(0, BLOCK_C)
-    sums, ids = _candidates(ranked_ptr, pairs_ptr, c, c < C, N, BLOCK_N)
-    keys = tl.where(c < C, ordered_key(sums), SMALLEST_KEY)
-    candidates = ()
-    for i in tl.static_range(0, 4, 2):
-        own, following = index + i * count, index + (i + 1) * count
-        own_sum, own_id = _candidates(ranked_ptr, pairs_ptr, own, own < C, N, BLOCK_N)
-        next_sum, next_id = _candidates(ranked_ptr, pairs_ptr, following, following < C, N, BLOCK_N)
-        above = is_above(keys, ids, ordered_key(own_sum), own_id).to(tl.int32)
-        above |= is_above(keys, ids, ordered_key(next_sum), next_id).to(tl.int32) << 16
-        ranks = tl.sum(above, 0)  # C is below 2^16: both in one sum
-        own_rank = tl.where(own < C, ranks & 0xFFFF, C)
-        next_rank = tl.where(following < C, ranks >> 16, C)
-        candidates = candidates + ((own_rank, own_sum, own_id), (next_rank, next_sum, next_id))
-    return candidates
+def _rank(candidates, own, C: tl.constexpr):
+    """Of candidates ``own [rows]`` rank among all, sum's key and expert id."""
+    key, id, rank = 0, 0, 0
+    for tile in tl.static_range((C + TILE - 1) // TILE):
+        is_own = tile * TILE + tl.arange(0, TILE)[None, :] == own[:, None]
+        key += tl.sum(tl.where(is_own, candidates[tile][0], 0), 1)
+        id += tl.sum(tl.where(is_own, candidates[tile][1], 0), 1)
+    for tile in tl.static_range((C + TILE - 1) // TILE):
+        rank += tl.sum(is_above(candidates[tile][0], candidates[tile][1], key[:, None], id[:, None]).to(tl.int32), 1)
+    return rank, key, id
 
 
 @triton.jit
 def _experts(
-    x_ptr, down_ptr, up_ptr, ranked_ptr, pairs_ptr, weights_ptr, parts_ptr, indices_ptr, log_sum, index, count,
-    H: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, OWN: tl.constexpr, BLOCK_H: tl.constexpr, BLOCKS_H: tl.constexpr,
+    x_ptr, down_ptr, candidates, log_sum, ids_ptr, coefficients_ptr, weights_ptr, indices_ptr, number, own,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr,
 ):  # fmt: skip
-    """Of one token: candidates ``index``, ``index + count``, ..., each a part of the output if among the K best."""
+    """Of candidates ``own [rows]``, of which a warp has one, id and coefficient if among the K best."""
+    ROWS: tl.constexpr = own.shape[0]
+    rank, key, id = _rank(candidates, own, C)
+    is_chosen = ((own < C) & (rank < K))[:, None]
+    row = id.to(tl.int64)[:, None] * H
+    tiles = ()
+    for first_h in tl.static_range(0, H, TILE):
+        h = first_h + tl.arange(0, TILE)[None, :]
+        tiles = tiles + (tl.load(down_ptr + row + h, mask=is_chosen & (h < H), other=0.0),)
+    lane = tl.arange(0, LANES)[None, :]
+    at, is_first = rank[:, None] + lane, is_chosen & (lane == 0)  # by a lane of each warp, which has them
+    id = tl.broadcast_to(id[:, None], [ROWS, LANES])
+    tl.atomic_xchg(ids_ptr + at, _to_words(id, number), mask=is_first, sem="relaxed")
+    tl.store(indices_ptr + at, id.to(tl.int64), mask=is_first)
+    products = tl.zeros([ROWS, TILE], tl.float32)
+    for tile in tl.static_range((H + TILE - 1) // TILE):
+        h = tile * TILE + tl.broadcast_to(tl.arange(0, TILE)[None, :], [ROWS, TILE])
+        products += tiles[tile].to(tl.float32) * tl.load(x_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+    weight = accurate_exp(from_ordered(key)[:, None] - log_sum)
+    coefficient = activation(tl.sum(products, 1)[:, None], HIDDEN_ACT) * weight
+    coefficient = tl.broadcast_to(coefficient, [ROWS, LANES])
+    tl.atomic_xchg(coefficients_ptr + at, _to_words(coefficient, number), mask=is_first, sem="relaxed")
     if NORM:
-        log_sum = tl.load(ranked_ptr) + tl.load(ranked_ptr + BLOCK_N)  # the best sum; the weights' own sum is to come
-    for first in range(0, OWN, 4):
-        own = index + first * count
-        candidates = _rank_candidates(ranked_ptr, pairs_ptr, own, count, N, C, BLOCK_N, BLOCK_C)
-        rows = ()
-        for i in tl.static_range(4):  # all rows are asked for before the first is used
-            rank, _, id = candidates[i]
-            end = tl.where(rank < K, H, 0)
-            row = id.to(tl.int64) * H
-            rows = rows + (
-                (_load_row(down_ptr + row, end, BLOCK_H, BLOCKS_H), _load_row(up_ptr + row, end, BLOCK_H, BLOCKS_H)),
-            )
-        x = _load_row(x_ptr, H, BLOCK_H, BLOCKS_H)
-        for i in tl.static_range(4):
-            rank, score, id = candidates[i]
-            if rank < K:
-                products = rows[i][0][0].to(tl.float32) * x[0].to(tl.float32)
-                for block in tl.static_range(1, BLOCKS_H):
-                    products += rows[i][0][block].to(tl.float32) * x[block].to(tl.float32)
-                weight = accurate_exp(score - log_sum)
-                coefficient = activation(tl.sum(products, 0), HIDDEN_ACT) * weight
-                for block in tl.static_range(BLOCKS_H):
-                    h = block * BLOCK_H + tl.arange(0, BLOCK_H)
-                    up = rows[i][1][block].to(tl.float32)
-                    tl.store(parts_ptr + rank * H + h, coefficient * up, mask=h < H)
-                tl.store(weights_ptr + rank, weight)
-                tl.store(indices_ptr + rank, id.to(tl.int64))
-
-
-@triton.jit
-def _load_row(row_ptr, end, BLOCK_H: tl.constexpr, BLOCKS_H: tl.constexpr):
-    """Blocks of a row up to ``end``."""
-    blocks = ()
-    for block in tl.static_range(BLOCKS_H):
-        h = block * BLOCK_H + tl.arange(0, BLOCK_H)
-        blocks = blocks + (tl.load(row_ptr + h, mask=h < end, other=0.0),)
-    return blocks
+        weight = tl.broadcast_to(weight, [ROWS, LANES])
+        tl.atomic_xchg(weights_ptr + at, _to_words(weight, number), mask=is_first, sem="relaxed")
 
 
 @triton.jit
@@ -277,37 +306,30 @@ def _gate_up(
 
 
 @triton.jit
-def _routed_sum(parts_ptr, weights_ptr, row, end, H: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
-                BLOCK_K: tl.constexpr):  # fmt: skip
-    """The experts' parts of the output's columns ``row``."""
-    k = tl.arange(0, BLOCK_K)
-    mask = (k < K)[:, None] & (row < end)[None, :]
-    parts = tl.load(parts_ptr + k[:, None] * H + row[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-    routed = tl.sum(parts, 0)
-    if NORM:
-        routed = routed / tl.sum(tl.load(weights_ptr + k, mask=k < K, other=0.0, cache_modifier=".cg"), 0)
-    return routed
-
-
-@triton.jit
 def _layer_kernel(
     x_ptr, router_ptr, mean_ptr, variance_ptr, down_embed_ptr, up_embed_ptr, gate_ptr, up_ptr, down_ptr,
-    logits_ptr, out_ptr, counters_ptr, scratch_ptr, indices_ptr, eps, max_polls,
+    logits_ptr, out_ptr, counters_ptr, activated_ptr, indices_ptr, eps, max_polls,
     T: tl.constexpr, H: tl.constexpr, I: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-    R: tl.constexpr, NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr, NUM_ROUTERS: tl.constexpr,
-    FIRST_GATED: tl.constexpr, ROWS: tl.constexpr, GATE_CHUNKS: tl.constexpr, GATE_WIDTH: tl.constexpr,
+    NORM: tl.constexpr, HIDDEN_ACT: tl.constexpr, NUM_ROUTERS: tl.constexpr, FIRST_GATED: tl.constexpr,
+    WARPS: tl.constexpr, ROWS: tl.constexpr, GATE_CHUNKS: tl.constexpr, GATE_WIDTH: tl.constexpr,
     DOWN_ROWS: tl.constexpr, DOWN_CHUNKS: tl.constexpr, DOWN_WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK_R: tl.constexpr, ROUTE_ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
-    RANK_BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, OWN: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATED: tl.constexpr,
+    IDS: tl.constexpr, COEFFICIENTS: tl.constexpr, WEIGHTS: tl.constexpr, PAIRS: tl.constexpr, OWN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     launches = tl.load(counters_ptr + LAUNCHES * LINE)
-    # Scratch: the experts' parts [T, K, H], their weights [T, K], then of each router scores, ids and keys,
-    # BLOCK_N of each and each half, and pairs [C]; from ACTIVATED on, in the dtype of x, what lies between the MLP's
-    # products [T, I].
-    weights_ptr = scratch_ptr + T * K * H
-    ranked_ptr = weights_ptr + T * K + program * (6 * BLOCK_N + C)
-    activated_ptr = (scratch_ptr + ACTIVATED).to(x_ptr.dtype, bitcast=True)
+    number = launches + 1
+    # Behind the counters: words of the logits [T, 2, N], of the experts' ids, coefficients and weights, each [T, K];
+    # pairs of ranks [C].
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
+    LONG: tl.constexpr = tl.pointer_type(tl.int64)
+    words_ptr = counters_ptr + NUM_COUNTERS * LINE
+    if dtype == tl.float32:
+        words_ptr = words_ptr.to(LONG, bitcast=True)
+    ids_ptr = counters_ptr + IDS
+    coefficients_ptr = (counters_ptr + COEFFICIENTS).to(LONG, bitcast=True)
+    weights_ptr = (counters_ptr + WEIGHTS).to(LONG, bitcast=True)
     NUM_PARTS: tl.constexpr = (I + DOWN_CHUNKS * DOWN_WIDTH - 1) // (DOWN_CHUNKS * DOWN_WIDTH)
     first_row = program * (BLOCKS * DOWN_ROWS)
     row = first_row + tl.arange(0, DOWN_ROWS)
@@ -317,47 +339,51 @@ def _layer_kernel(
             x_ptr, gate_ptr, up_ptr, activated_ptr, program - FIRST_GATED, num_programs - FIRST_GATED, T, H, I,
             HIDDEN_ACT, ROWS, GATE_CHUNKS, GATE_WIDTH,
         )  # fmt: skip
-        arrive(counters_ptr + DONE * LINE)
+        arrive(counters_ptr + ARRIVED * LINE)
     if program < NUM_ROUTERS:
         _route(
-            x_ptr, router_ptr, mean_ptr, variance_ptr, logits_ptr, eps, program, NUM_ROUTERS, T, H, 2 * N, ROUTE_ROWS,
-            BLOCK_H,
+            x_ptr, router_ptr, mean_ptr, variance_ptr, logits_ptr, words_ptr, number, eps, program, NUM_ROUTERS,
+            T, H, 2 * N, ROUTE_ROWS, BLOCK_H,
         )  # fmt: skip
-        arrive(counters_ptr + ROUTED * LINE)
     # Across the wait, and the routers' work, too.
     down = _load_rows(down_ptr, row, H, 0, I, DOWN_CHUNKS, DOWN_WIDTH)
     if program < NUM_ROUTERS:
-        pairs_ptr = _as_ints(ranked_ptr + 6 * BLOCK_N)
-        _list_pairs(pairs_ptr, K, R, BLOCK_R, RANK_COMPARISONS // BLOCK_R)
-        polls_left = wait_again(counters_ptr + ROUTED * LINE, launches, NUM_ROUTERS, polls_left)
+        pairs = _load_pairs(counters_ptr + PAIRS, C, WARPS)
         STEP: tl.constexpr = T if T < NUM_ROUTERS else NUM_ROUTERS
         for t in range(program % STEP, T, STEP):
-            log_sum = 0.0
-            keys_ptr = _as_ints(ranked_ptr + 4 * BLOCK_N)
-            for half in tl.static_range(2):
-                log_sum += _make_keys(logits_ptr + (2 * t + half) * N, keys_ptr + half * BLOCK_N, N, BLOCK_N)
-            tl.debug_barrier()  # all keys are there before any thread reads
-            for half in tl.static_range(2):
-                ids_ptr = _as_ints(ranked_ptr + (2 + half) * BLOCK_N)
-                _rank_half(
-                    logits_ptr + (2 * t + half) * N, keys_ptr + half * BLOCK_N, ranked_ptr + half * BLOCK_N, ids_ptr,
-                    N, R, BLOCK_N, RANK_BLOCK,
-                )  # fmt: skip
-            tl.debug_barrier()  # all of it is there before any thread reads
-            _experts(
-                x_ptr + t * H, down_embed_ptr, up_embed_ptr, ranked_ptr, pairs_ptr, weights_ptr + t * K,
-                scratch_ptr + t * K * H, indices_ptr + t * K, log_sum, program // STEP, NUM_ROUTERS // STEP,
-                H, N, K, C, NORM, HIDDEN_ACT, BLOCK_N, BLOCK_C, OWN, BLOCK_H, (H + BLOCK_H - 1) // BLOCK_H,
+            high, low, polls_left = _wait_for_logits(
+                words_ptr + 2 * t * N, number, polls_left, dtype, N, BLOCK_N, WARPS
             )  # fmt: skip
-            tl.debug_barrier()  # all have read before the next token's ranks are there
-        arrive(counters_ptr + DONE * LINE)
-    num_arrivals = NUM_ROUTERS + num_programs - FIRST_GATED
-    polls_left = wait_again(counters_ptr + DONE * LINE, launches, num_arrivals, polls_left)
+            if t == program % STEP:  # no launch is over before everybody knows its number
+                tl.atomic_add(counters_ptr + ARRIVED * LINE, 1, sem="relaxed")
+            if not NORM:
+                log_sum = _log_sum_exp(high, N) + _log_sum_exp(low, N)
+            high, low = _best(high, dtype, N, BLOCK_R), _best(low, dtype, N, BLOCK_R)
+            if NORM:  # the best sum; the weights' own sum is to come
+                log_sum = tl.max(_score_and_id(high)[0], 1, keep_dims=True)
+                log_sum += tl.max(_score_and_id(low)[0], 1, keep_dims=True)
+            candidates = _candidates(high, low, pairs, N, C)
+            for first in tl.static_range(0, OWN, WARPS):
+                own = program // STEP + (first + tl.arange(0, WARPS)) * (NUM_ROUTERS // STEP)
+                _experts(
+                    x_ptr + t * H, down_embed_ptr, candidates, log_sum, ids_ptr + t * K, coefficients_ptr + t * K,
+                    weights_ptr + t * K, indices_ptr + t * K, number, own, H, K, C, NORM, HIDDEN_ACT,
+                )  # fmt: skip
+    k = tl.arange(0, BLOCK_K)
+    ids = ()
+    for t in tl.static_range(T):
+        id_words, polls_left = _wait_for_words(ids_ptr + t * K, K, number, polls_left, BLOCK_K)
+        ids = ids + ((id_words >> 16) & NUMBER_MASK,)
     for block in range(BLOCKS):
         row = first_row + block * DOWN_ROWS + tl.arange(0, DOWN_ROWS)
-        routed = ()
+        mask = (k < K)[:, None] & (row < H)[None, :]
+        experts_up = ()
         for t in tl.static_range(T):
-            routed = routed + (_routed_sum(scratch_ptr + t * K * H, weights_ptr + t * K, row, H, H, K, NORM, BLOCK_K),)
+            at = ids[t].to(tl.int64)[:, None] * H + row[None, :]
+            experts_up = experts_up + (tl.load(up_embed_ptr + at, mask=mask, other=0.0),)
+        if block == 0:
+            num_arrivals = NUM_ROUTERS + num_programs - FIRST_GATED
+            polls_left = wait_again(counters_ptr + ARRIVED * LINE, launches, num_arrivals, polls_left)
         sums = (tl.zeros([DOWN_ROWS, DOWN_WIDTH], tl.float32),) * T
         for part in tl.static_range(NUM_PARTS):
             new_sums = ()
@@ -371,12 +397,17 @@ def _layer_kernel(
                 end = tl.where(block + 1 < BLOCKS, H, 0)
                 down = _load_rows(down_ptr, row + DOWN_ROWS, end, 0, I, DOWN_CHUNKS, DOWN_WIDTH)
         for t in tl.static_range(T):
-            out = tl.sum(sums[t], 1) + routed[t]
+            out = tl.sum(sums[t], 1)
+            words, polls_left = _wait_for_words(coefficients_ptr + t * K, K, number, polls_left, BLOCK_K)
+            routed = tl.sum(_floats(words, tl.float32)[:, None] * experts_up[t].to(tl.float32), 0)
+            if NORM:
+                words, polls_left = _wait_for_words(weights_ptr + t * K, K, number, polls_left, BLOCK_K)
+                routed = routed / tl.sum(_floats(words, tl.float32), 0)
             # Whoever has given up waiting says so.
-            out = tl.where(polls_left > 0, out, float("nan"))
+            out = tl.where(polls_left > 0, out + routed, float("nan"))
             tl.store(out_ptr + t * H + row, round_for(out_ptr, out), mask=row < H)
     if program == 0:
-        # All have read it before they arrived for the last time.
+        # All have read it before they arrived.
         tl.store(counters_ptr + LAUNCHES * LINE, launches + 1)
 
 
@@ -400,7 +431,7 @@ class _Sizes(NamedTuple):
 class _Memory:
     counters: Tensor
     kept: Kept | None = None
-    """Counters, scratch and indices, for a stream's calls that are not asked for indices."""
+    """Counters, buffers and indices, for a stream's calls that are not asked for indices."""
 
 
 class FewTokens:
@@ -419,10 +450,9 @@ class FewTokens:
         constants |= {"NORM": norm_topk_prob, "HIDDEN_ACT": hidden_act}
         numbers = (eps, MAX_POLLS)
         self._launch = Relaunch(_layer_kernel, num_programs, numbers, constants, num_warps=NUM_WARPS, **options)
-        self._scratch_numel = constants["ACTIVATED"] + cdiv(T * I * dtype.itemsize, 4)
-        self._num_pairs = T * K
+        self._activated_layout, self._num_pairs = (T * I, dtype), T * K
         self._logits_layout = (2, T, N), (N, 2 * N, 1)
-        self.memory = Scratch(partial(_make_memory, device), device)
+        self.memory = Scratch(partial(_make_memory, device, sizes), device)
 
     def __call__(self, x: Tensor, *weights: Tensor, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``y`` like ``x``, whose dimensions before H are any of T tokens, and the gate's product ``[2, T, N]``.
@@ -439,19 +469,20 @@ class FewTokens:
         memory = self.memory.get(stream, is_capturing=is_capturing)
         kept = memory.kept
         if indices is not None or is_capturing:  # a graph's memory is for its pool to use again
-            kept = self._with_scratch(memory.counters, indices)
+            kept = self._with_buffers(memory.counters, indices)
         elif kept is None:
-            kept = memory.kept = keep(partial(self._with_scratch, memory.counters), self._device)
+            kept = memory.kept = keep(partial(self._with_buffers, memory.counters), self._device)
         out = torch.empty_like(x)
         logits = x.new_empty_strided(*self._logits_layout)
         self._launch((x, *weights, logits, out), stream, kept)
         return out, logits
 
-    def _with_scratch(self, counters: Tensor, indices: Tensor | None = None) -> Kept:
-        scratch = torch.empty(self._scratch_numel, dtype=torch.float32, device=self._device)
+    def _with_buffers(self, counters: Tensor, indices: Tensor | None = None) -> Kept:
+        numel, dtype = self._activated_layout
+        activated = torch.empty(numel, dtype=dtype, device=self._device)
         if indices is None:
             indices = torch.empty(self._num_pairs, dtype=torch.int64, device=self._device)
-        return Kept.of(counters, scratch, indices)
+        return Kept.of(counters, activated, indices)
 
 
 def takes(T: int, num_expert_keys: int, num_experts_per_tok: int) -> bool:
@@ -492,24 +523,52 @@ def _plan(sizes: _Sizes, device: torch.device) -> FewTokens:
     return FewTokens(sizes, device)
 
 
-def _make_memory(device: torch.device, count: int) -> list[_Memory]:
-    counters = torch.zeros(count, NUM_COUNTERS * LINE.value, dtype=torch.int32, device=device)
+def _make_memory(device: torch.device, sizes: _Sizes, count: int) -> list[_Memory]:
+    begin = _word_begins(sizes.T, sizes.N, sizes.K, sizes.dtype.itemsize)["PAIRS"]
+    pairs = _pairs(sizes.N, sizes.K, device)
+    counters = torch.zeros(count, _whole_lines(begin + len(pairs)), dtype=torch.int32, device=device)
+    counters[:, begin : begin + len(pairs)] = pairs
     return [_Memory(own) for own in counters.unbind()]
+
+
+def _word_begins(T: int, N: int, K: int, itemsize: int) -> dict[str, int]:
+    """Where words begin that are behind the counters and the logits', in int32."""
+    ids = NUM_COUNTERS.value * LINE.value + _whole_lines(2 * T * N * (itemsize // 2))
+    coefficients = ids + _whole_lines(T * K)
+    weights = coefficients + _whole_lines(2 * T * K)
+    return {"IDS": ids, "COEFFICIENTS": coefficients, "WEIGHTS": weights, "PAIRS": weights + _whole_lines(2 * T * K)}
+
+
+def _whole_lines(numel: int) -> int:
+    return cdiv(numel, LINE.value) * LINE.value
+
+
+def _pairs(N: int, K: int, device: torch.device) -> Tensor:
+    """All pairs of ranks (i, j) with (i + 1) * (j + 1) <= K, i in the high half: any other has K pairs that beat it.
+
+    Made on the device, since a copy from the host is nothing that a graph can hold.
+    """
+    R, C = min(N, K), _num_pairs(N, K)
+    lengths = (K // torch.arange(1, R + 1, device=device)).clamp(max=R)
+    rows = torch.arange(R, device=device).repeat_interleave(lengths, output_size=C)
+    begins = lengths.cumsum(0) - lengths
+    return (rows << 16) | (torch.arange(C, device=device) - begins[rows])
 
 
 def kernel_constants(T: int, H: int, I: int, N: int, K: int, num_programs: int, itemsize: int) -> dict[str, Any]:
     """The kernel's sizes and blocks, for weights of ``itemsize`` bytes."""
     num_routers = max(1, num_programs // 2)  # whatever T is: every launch adds as much to a counter
     width = 32 * 16 // itemsize  # 16 bytes for each thread of a warp
-    C, block_n = _num_pairs(N, K), max(16, next_power_of_2(N))
+    C, block_n = _num_pairs(N, K), max(MIN_KEYS, next_power_of_2(N))
     block_h = min(1024, next_power_of_2(max(16, H)))
     own = cdiv(C, max(1, num_routers // T))
     down_width = min(2 * width, next_power_of_2(max(16, I)))
     gate_width = min(width, next_power_of_2(max(16, H)))
     return {
-        "T": T, "H": H, "I": I, "N": N, "K": K, "C": C, "R": min(N, K),
+        "T": T, "H": H, "I": I, "N": N, "K": K, "C": C,
         "NUM_ROUTERS": num_routers,
         "FIRST_GATED": num_routers if num_programs > 1 else 0,
+        "WARPS": NUM_WARPS,
         "ROWS": ROWS,
         "GATE_CHUNKS": min(GATE_CHUNKS, cdiv(H, gate_width)),
         "GATE_WIDTH": gate_width,
@@ -517,15 +576,13 @@ def kernel_constants(T: int, H: int, I: int, N: int, K: int, num_programs: int, 
         "DOWN_CHUNKS": min(DOWN_CHUNKS, cdiv(I, down_width)),
         "DOWN_WIDTH": down_width,
         "BLOCKS": cdiv(cdiv(H, num_programs), DOWN_ROWS),
-        "BLOCK_R": max(2, next_power_of_2(min(N, K))),
+        "BLOCK_R": max(MIN_KEYS, next_power_of_2(min(N, K))),
         "ROUTE_ROWS": 2,
         "BLOCK_H": block_h,
         "BLOCK_N": block_n,
-        "RANK_BLOCK": min(block_n, RANK_COMPARISONS.value // block_n),
-        "BLOCK_C": next_power_of_2(max(16, C)),
+        **_word_begins(T, N, K, itemsize),
         "OWN": own,
         "BLOCK_K": next_power_of_2(K),
-        "ACTIVATED": cdiv(T * K * (H + 1) + num_routers * (6 * block_n + C), 4) * 4,
     }  # fmt: skip
 
 
