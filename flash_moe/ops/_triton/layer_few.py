@@ -46,10 +46,11 @@ TILE, LANES = tl.constexpr(128), tl.constexpr(32)
 # Of fewer than a warp has lanes, tl.gather does not compile.
 MIN_KEYS = 32
 # Two programs an SM, of few threads with all registers there are: what a thread has asked for stands in them, and the
-# program waits for fewer warps. Of 8 warps and 128 registers each one token takes 18.5 us instead of 15.7.
+# program waits for fewer warps. Of 8 warps and 128 registers each one token takes a quarter longer.
 NUM_WARPS, PROGRAMS_PER_SM, MAX_REGISTERS = 4, 2, 255
-ROWS, DOWN_ROWS, DOWN_CHUNKS = 8, 4, 8
-GATE_CHUNKS = 2
+# Gate and up rows of a tile, and pieces of them that are on their way at a time, by the number of tokens.
+GATE_TILES = {1: (16, 1), 2: (8, 2)}
+DOWN_ROWS, DOWN_CHUNKS = 4, 8
 
 Gate = tuple[Tensor, Tensor, Tensor, float]
 Weights = tuple[Tensor, ...]
@@ -564,13 +565,14 @@ def kernel_constants(T: int, H: int, I: int, N: int, K: int, num_programs: int, 
     own = cdiv(C, max(1, num_routers // T))
     down_width = min(2 * width, next_power_of_2(max(16, I)))
     gate_width = min(width, next_power_of_2(max(16, H)))
+    gate_rows, gate_chunks = GATE_TILES[T]
     return {
         "T": T, "H": H, "I": I, "N": N, "K": K, "C": C,
         "NUM_ROUTERS": num_routers,
         "FIRST_GATED": num_routers if num_programs > 1 else 0,
         "WARPS": NUM_WARPS,
-        "ROWS": ROWS,
-        "GATE_CHUNKS": min(GATE_CHUNKS, cdiv(H, gate_width)),
+        "ROWS": gate_rows,
+        "GATE_CHUNKS": min(gate_chunks, cdiv(H, gate_width)),
         "GATE_WIDTH": gate_width,
         "DOWN_ROWS": DOWN_ROWS,
         "DOWN_CHUNKS": min(DOWN_CHUNKS, cdiv(I, down_width)),

@@ -50,12 +50,14 @@ MAX_SIDE_BY_SIDE = 128
 MAX_TAKE_ALL = 16
 # A threshold with up to twice as many sums as needed is found in a step or two; above this the longer sort costs more.
 MAX_WIDE = 128
-# The first threshold, of the way from what K sums surely reach to the best sum: with normal logits 1.1 counts are
-# enough at K 64, where up to twice as many sums do, and 4 or 5 at K 512, where no more do; by halves 3 and 10 to 16.
-FIRST_STEP, FIRST_STEP_TIGHT = tl.constexpr(0.1), tl.constexpr(0.2)
+# Where up to twice as many sums as needed will do, thresholds are guessed. The first, of the way from what K sums
+# surely reach to the best sum: with normal logits 1.1 counts are enough at K 64, by halves 3. At K 512, where no more
+# sums will do, guesses save half of the counts and no time.
+FIRST_STEP = tl.constexpr(0.1)
 # Then bounds are halved, which ends whatever the logits are.
 MAX_GUESSES = tl.constexpr(10)
-TRIES_WITHOUT_SUMS = tl.constexpr(3)
+TRIES_WITHOUT_SUMS = 3
+NEVER = tl.constexpr(-1)
 # Sums that tie with the worst chosen and do not fit among the sorted go through networks of this size: bfloat16 logits
 # leave some five of them at N 320, K 512, and another network of 512 takes a third longer.
 MAX_EXTRA = 64
@@ -215,23 +217,25 @@ def _count(threshold, fixed, other_ptr, length, LOG_R: tl.constexpr):
 
 
 @triton.jit
-def _next_threshold(low, high, log_low, log_high, log_aim, tries):
+def _next_threshold(low, high, log_low, log_high, log_aim, tries, GUESSES: tl.constexpr):
     """Where between the bounds the logarithm of the count, as if it fell evenly, is ``log_aim``; or their middle."""
     threshold = 0.5 * tl.maximum(low, -MAX_FLOAT) + 0.5 * tl.minimum(high, MAX_FLOAT)
-    if _are_finite(low, high) & (tries < MAX_GUESSES):
+    if GUESSES & _are_finite(low, high) & (tries < MAX_GUESSES):
         guess = low + (high - low) * ((log_low - log_aim) / (log_low - log_high))
         threshold = tl.where((guess > low) & (guess < high), guess, threshold)
     return threshold
 
 
 @triton.jit
-def _find_threshold(ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr, IS_TIGHT: tl.constexpr):
-    """How many sums of each list ``[2A]`` reach the threshold, how many in all, and the threshold.
+def _find_threshold(
+    ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr, GUESSES: tl.constexpr,
+    SUMS_FROM: tl.constexpr,
+):  # fmt: skip
+    """How many sums of each list ``[2A]`` reach the threshold, and the threshold.
 
-    K to WIDTH sums do; or more than WIDTH, and then fewer than K exceed it. Where few counts between K and WIDTH are
-    left to hit, and after some tries, bounds are sums that occur, so that the search ends when none is left between
-    them, and not only when no number is. A NaN is no bound: it counts as above any threshold. There are none if the
-    best sum is below infinity.
+    K to WIDTH sums do; or more than WIDTH, and then fewer than K exceed it. From try SUMS_FROM on bounds are sums that
+    occur, so that the search ends when none is left between them, and not only when no number is. A NaN is no bound:
+    it counts as above any threshold. There are none if the best sum is below infinity.
     """
     list = tl.arange(0, 2 * A)
     rank = list & (A - 1)
@@ -246,10 +250,9 @@ def _find_threshold(ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: t
     low = float("-inf")
     high = tl.load(ranked_ptr) + tl.load(ranked_ptr + R)
     is_bounded = high < float("inf")
-    # That bound is reached by two to three times K sums: the first threshold lies a little above, where too few may.
     threshold = bound
-    if _are_finite(bound, high):
-        threshold += (FIRST_STEP_TIGHT if IS_TIGHT else FIRST_STEP) * (high - bound)
+    if GUESSES & _are_finite(bound, high):  # that bound is reached by two to three times K sums: a little above it
+        threshold += FIRST_STEP * (high - bound)
     length = _list_length(list, N, K, A)
     first_ptr = other_ptr + tl.where(list < A, 0, A)
     counts = tl.zeros_like(length)
@@ -262,7 +265,7 @@ def _find_threshold(ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: t
         found = _count(threshold, fixed, first_ptr, length, log2(R))
         num_found = tl.sum(found)
         log_found = tl.log2(tl.maximum(num_found, 1).to(tl.float32))
-        bounds_are_sums = is_bounded & (tries >= (0 if IS_TIGHT else TRIES_WITHOUT_SUMS))
+        bounds_are_sums = False if SUMS_FROM == NEVER else is_bounded & (tries >= SUMS_FROM)
         tries += 1
         if num_found >= K:
             counts, total, low, log_low = found, num_found, threshold, log_found
@@ -274,14 +277,14 @@ def _find_threshold(ranked_ptr, N, K, R: tl.constexpr, A: tl.constexpr, WIDTH: t
             if bounds_are_sums:  # the first that does not
                 first = fixed + tl.load(first_ptr + found, mask=found < length, other=0.0)
                 high = tl.max(tl.where(found < length, first, float("-inf")))
-        threshold = bound
-        is_open = total == 0
-        if total > WIDTH:
-            threshold = _next_threshold(low, high, log_low, log_high, log_aim, tries)
-            is_between = (threshold > low) & (threshold < high)
-            is_open = (low < high) & (bounds_are_sums | is_between)
-            threshold = tl.where(threshold > low, threshold, high)  # a sum as the upper bound is left to try, too
-    return counts, total, low
+        threshold = _next_threshold(low, high, log_low, log_high, log_aim, tries, GUESSES)
+        is_between = (threshold > low) & (threshold < high)
+        is_open = (total > WIDTH) & (low < high) & (is_between | bounds_are_sums)
+        threshold = tl.where(threshold > low, threshold, high)  # a sum as the upper bound is left to try, too
+        if GUESSES:  # too few reach the first one
+            threshold = tl.where(total == 0, bound, threshold)
+            is_open = is_open | (total == 0)
+    return counts, low
 
 
 @triton.jit
@@ -439,7 +442,8 @@ def _router_fwd_kernel(
     HALVES: tl.constexpr,
     TAKES_ALL: tl.constexpr,
     VECTOR: tl.constexpr,
-    IS_TIGHT: tl.constexpr,
+    GUESSES: tl.constexpr,
+    SUMS_FROM: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):
     """A token's scratch: 2R scores, 2R ids and 2A ends of lists; then WIDTH sums and WIDTH ids."""
@@ -468,7 +472,8 @@ def _router_fwd_kernel(
     if TAKES_ALL:
         best, total = _sort_all(ranked_ptr, N, K, R, A, WIDTH, LOG_N, VECTOR)
     else:
-        counts, total, low = _find_threshold(ranked_ptr, N, K, R, A, WIDTH, IS_TIGHT)
+        counts, low = _find_threshold(ranked_ptr, N, K, R, A, WIDTH, GUESSES, SUMS_FROM)
+        total = tl.sum(counts)
         tl.store(_as_ints(ranked_ptr + 4 * R) + tl.arange(0, 2 * A), tl.cumsum(counts, 0))
         tl.debug_barrier()
         best = _sort_chosen(ranked_ptr, total, low, N, R, A, WIDTH, EXTRA, LOG_N, IS_QUICK, VECTOR)
@@ -631,8 +636,8 @@ def _forward(router_logits: Tensor, scores: Tensor, log_sums: Tensor, output: in
     if takes_lanes(router_logits, K):
         forward_by_lanes(router_logits, scores, indices, log_sums, output)
         return indices
-    meta, num_warps, registers = _shape_forward(N, K)
     is_16_bit = router_logits.dtype != torch.float32
+    meta, num_warps, registers = _shape_forward(N, K, is_16_bit)
     scratch = torch.empty(T, meta["SCRATCH"], dtype=torch.float32, device=router_logits.device)
     # The interpreter has no registers to limit.
     limit = {"maxnreg": registers} if router_logits.is_cuda else {}
@@ -642,7 +647,6 @@ def _forward(router_logits: Tensor, scores: Tensor, log_sums: Tensor, output: in
         (router_logits, scratch, scores, indices, log_sums),
         (*router_logits.stride()[:2], T, N, K),
         **meta,
-        VECTOR=0 if is_16_bit else FLOATS_PER_LANE,
         OUTPUT=output,
         num_warps=num_warps,
         **limit,
@@ -651,7 +655,9 @@ def _forward(router_logits: Tensor, scores: Tensor, log_sums: Tensor, output: in
 
 
 @lru_cache(maxsize=256)
-def _shape_forward(num_expert_keys: int, num_experts_per_tok: int) -> tuple[dict[str, int | bool], int, int | None]:
+def _shape_forward(
+    num_expert_keys: int, num_experts_per_tok: int, is_16_bit: bool
+) -> tuple[dict[str, int | bool], int, int | None]:
     """The forward kernel's constants, its warps, and its registers a thread."""
     N, K = num_expert_keys, num_experts_per_tok
     candidates = sum(min(N, K // i) for i in range(1, min(N, K) + 1))
@@ -664,6 +670,7 @@ def _shape_forward(num_expert_keys: int, num_experts_per_tok: int) -> tuple[dict
         width = max(2, next_power_of_2(candidates))
     elif width <= MAX_WIDE and 4 * K > 3 * width:
         width *= 2
+    guesses = 4 * K <= 3 * width
     lists = 1
     while K // (lists + 1) > lists:
         lists *= 2
@@ -677,7 +684,9 @@ def _shape_forward(num_expert_keys: int, num_experts_per_tok: int) -> tuple[dict
         "IS_QUICK": is_quick,
         "HALVES": 2 if is_quick and block_n <= MAX_SIDE_BY_SIDE else 1,
         "TAKES_ALL": takes_all,
-        "IS_TIGHT": 4 * K > 3 * width,
+        "GUESSES": guesses,
+        "SUMS_FROM": TRIES_WITHOUT_SUMS if guesses else 0 if is_16_bit else NEVER.value,
+        "VECTOR": 0 if is_16_bit else FLOATS_PER_LANE,
     }
     longest = max(block_n, width)
     if is_quick:
