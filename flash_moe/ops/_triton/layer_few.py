@@ -86,13 +86,13 @@ def _is_missing(words, number):
 
 @triton.jit
 def _wait_for_words(words_ptr, count, number, polls_left, BLOCK: tl.constexpr):
-    """``count`` words, and how many polls are left."""
+    """``count`` words, then zeros, and how many polls are left. BLOCK: no fewer than the program's threads."""
     at = tl.arange(0, BLOCK)
     words = tl.load(words_ptr + at, mask=at < count, other=number, volatile=True)
     while (tl.max(_is_missing(words, number), 0) > 0) & (polls_left > 0):
         words = tl.load(words_ptr + at, mask=at < count, other=number, volatile=True)
         polls_left -= 1
-    return words, polls_left
+    return tl.where(at < count, words, 0), polls_left
 
 
 @triton.jit
@@ -584,7 +584,8 @@ def kernel_constants(T: int, H: int, I: int, N: int, K: int, num_programs: int, 
         "BLOCK_N": block_n,
         **_word_begins(T, N, K, itemsize),
         "OWN": own,
-        "BLOCK_K": next_power_of_2(K),
+        # A word for each thread: of two that load the same word one may find it still missing, and only one is asked.
+        "BLOCK_K": max(32 * NUM_WARPS, next_power_of_2(K)),
     }  # fmt: skip
 
 
