@@ -5,7 +5,8 @@ Run: python benchmarks/layer.py --commit COMMIT --out FILE [--mode MODE] [--case
 
     eager     the layer as `flash-moe bench layer` has it, in the same process as the compiled one
     compiled  torch.compile(layer, fullgraph=True, dynamic=True): one compilation for all T from 2 on
-    reduce-overhead  torch.compile(layer, fullgraph=True, mode="reduce-overhead"), which makes CUDA graphs by itself
+    reduce-overhead  torch.compile(layer, fullgraph=True, mode="reduce-overhead"), which makes CUDA graphs by itself:
+              the first T is compiled for itself, what follows for any
     autocast  parameters and tokens in float32 under bfloat16 autocast, with norm_topk_prob: as flash-moe train runs it
 
 Forward is evaluation without gradients, forward and backward is training. Both are called eagerly and, but for

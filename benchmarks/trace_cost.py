@@ -100,6 +100,8 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda")
     machine = describe_machine(device, args.commit)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     timer = CudaTimer(device, seconds=0.1)
     with tempfile.TemporaryDirectory() as folder:
         copy = without_traces(Path(folder)).decode_kernel

@@ -51,8 +51,7 @@ def inputs(T, H, I, E, routing, dtype, device, seed=0):
 # Values
 
 
-@every_dtype
-@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("T, dtype", [(2, torch.float32), (1, torch.float16), (3, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("routing", ONE_GROUP, ids=describe)
 def test_every_routing(routing, T, dtype, device):
     x, layer = inputs(T, 24, 20, 8, routing._replace(routed_scaling_factor=2.5), dtype, device)
@@ -154,14 +153,13 @@ def test_tensors_that_are_not_contiguous(device):
     assert torch.equal(run_few(wide, layer)[0], run_few(wide.contiguous(), layer)[0])
 
 
-@pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize(
-    "config", [Config(4, 2, 2, 1, 2, 1), Config(2, 8, 16, 4, 8, 3), Config(1, 1, 4, 8, 1, 50)], ids=str
+    "config", [Config(4, 2, 2, 1, 2, 1), Config(2, 8, 16, 4, 8, 3), Config(1, 1, 4, 8, 1, 10)], ids=str
 )
-def test_every_config_is_right(config, T, device, monkeypatch):
+def test_every_config_is_right(config, device, monkeypatch):
     """More than one step of everything; fewer chunks ahead than there are, and more."""
     monkeypatch.setattr(decode_few, "config_of", lambda T, layer: config)
-    x, layer = inputs(T, 280, 20, 5, Routing(3), torch.bfloat16, device)
+    x, layer = inputs(3, 280, 20, 5, Routing(3), torch.bfloat16, device)
     assert_right(x, layer, run_few)
 
 

@@ -538,6 +538,7 @@ def test_ctrl_c_saves_and_resume_equals_an_uninterrupted_run(tmp_path, config, s
 
 def test_second_ctrl_c_interrupts_at_once(tmp_path, config):
     run = start_run(config, tmp_path / "run")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not
 
     def interrupt_twice(row):
         signal.raise_signal(signal.SIGINT)
@@ -545,7 +546,7 @@ def test_second_ctrl_c_interrupts_at_once(tmp_path, config):
 
     with pytest.raises(KeyboardInterrupt):
         train(run, interrupt_twice)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_a_run_that_died_continues_from_its_last_checkpoint(tmp_path, config):

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flash_moe.bench.cases import DECODE, OP_NAMES
-from flash_moe.bench.competitors import DENSE_MLP
+from flash_moe.bench.competitors import DENSE_MLP, SPARSE_GRAD
 
 Row = dict[str, Any]
 
@@ -216,8 +216,9 @@ def _draw_lines(axes: Axes, rows: Sequence[Row], axis: str, with_launch: bool = 
         color = COLORS.get(backend, "0.5")
         axes.plot(sizes, p50, marker="o", ms=3, label=label, color=color, ls=":" if is_dotted else "-")
         axes.fill_between(sizes, p20, p80, color=color, alpha=0.2, lw=0)
-    # The dense MLP beside a layer has a roof of its own.
-    roof = sorted({_along(row, axis): row["roof_us"] for row in rows if row["backend"] != DENSE_MLP}.items())
+    # The dense MLP beside a layer has a roof of its own, and so have row-sparse gradients.
+    others = (DENSE_MLP, SPARSE_GRAD)
+    roof = sorted({_along(row, axis): row["roof_us"] for row in rows if row["backend"] not in others}.items())
     axes.plot([size for size, _ in roof], [time for _, time in roof], color="black", ls="--", lw=1, label="roof")
     axes.set(xscale="log", yscale="log", xlabel=_letter(rows[0], axis), ylabel="time, us")
     axes.grid(alpha=0.3, which="both")

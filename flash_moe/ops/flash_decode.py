@@ -93,8 +93,8 @@ def flash_decode(
             back.
         policy: which program takes which task: "static", "queue" or "actor", which give the same bits. "auto" is what
             measured best; in one launch, for up to six tokens, eight in float32, of a layer without groups and shared
-            expert, a kernel without a schedule, whose sums have an order of their own. Only "auto" where no schedule
-            runs.
+            expert, with at most 16 experts a token of 1024 and 64 pairs in all, a kernel without a schedule, whose sums
+            have an order of their own. Only "auto" where no schedule runs.
         trace: a ``Trace`` to fill with every task and every wait, for which the call waits; only where a schedule runs,
             and always of one: where "auto" would take the kernel without, the output differs by roundings then.
         return_router_logits: return the logits, too.

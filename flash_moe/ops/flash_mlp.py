@@ -109,7 +109,10 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.hidden_act = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[1:])
+    gate, up, activated = output[1:]
+    if not ctx.needs_input_grad[3]:  # it is for the gradient of down_proj alone
+        activated = activated.new_empty(0)
+    ctx.save_for_backward(*tensors, gate, up, activated)
 
 
 def _backward_formula(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:

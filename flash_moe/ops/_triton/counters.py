@@ -9,7 +9,8 @@ import triton.language as tl
 
 # int32 words of a cache line.
 LINE = tl.constexpr(32)
-# Polls that a program makes in all before it gives up: about a second, an atomic taking most of a microsecond.
+# Polls that a program makes in all before it gives up: about a second where atomics poll, less
+# where loads do.
 MAX_POLLS = 2**20
 
 

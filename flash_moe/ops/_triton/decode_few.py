@@ -37,12 +37,13 @@ from flash_moe.ops._triton.decode_routing import NO_LOGIT, TINY_SUM, score
 from flash_moe.ops._triton.math import INTERPRETED, accurate_exp, activation, round_for
 from flash_moe.ops._triton.ranking import SMALLEST_KEY, ordered_key, with_ids
 from flash_moe.ops._triton.relaunch import Kept, Relaunch
-from flash_moe.ops._triton.router_keys import PADDING, from_ordered, ids_of, long_keys, scores_of
+from flash_moe.ops._triton.router_keys import PADDING, long_keys, score_and_id
 from flash_moe.ops._triton.scratch import Scratch, current_stream
 from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 from flash_moe.schedule.tasks import sizes_of
 
-# By the tokens' bytes an element: with more tokens the schedule is faster, on tensor cores.
+# By the tokens' bytes an element. Of 16 bits, with more tokens the schedule is faster, on tensor cores. Of float32
+# eight take a third of the schedule's time, and more have not been measured.
 MAX_TOKENS = {2: 6, 4: 8}
 MAX_SLOTS = 64
 # The code goes through a token's experts, and through chunks of a gate row, without a loop.
@@ -53,8 +54,6 @@ LAUNCHES, ROUTED, DONE, FLAG = (tl.constexpr(i) for i in range(4))
 NUM_COUNTERS = 4
 # A program's list of slots: their experts, tokens and weights, and the experts in the order of tokens.
 LISTS = tl.constexpr(4)
-# In a key with an id.
-ID_MASK = tl.constexpr(8191)
 # What a thread loads at once, and how much of the router's row a program does.
 LOAD_NBYTES, ROW_NBYTES = 16, 4096
 WORD_NBYTES = 4
@@ -103,15 +102,10 @@ def _route(
 
 @triton.jit
 def _take_best(keys, e):
-    """The largest key of each row: its id, its number, and the keys without it."""
-    best = tl.max(keys, 1)[:, None]
-    if keys.dtype == tl.int64:
-        id, number = ids_of(best).to(tl.int32), scores_of(best)
-        lowest = PADDING
-    else:
-        id, number = ~best & ID_MASK, from_ordered(tl.where(best < 0, best | ID_MASK, best & ~ID_MASK))
-        lowest = SMALLEST_KEY
-    return id, number, tl.where(e == id, lowest, keys)
+    """The largest key of each row: its number, its id, and the keys without it."""
+    best, id = score_and_id(tl.max(keys, 1)[:, None])
+    lowest = PADDING if keys.dtype == tl.int64 else SMALLEST_KEY
+    return best, id, tl.where(e == id, lowest, keys)
 
 
 @triton.jit
@@ -145,7 +139,7 @@ def _select(
     ids = tl.zeros([ROWS, BLOCK_K], tl.int32)
     chosen = tl.full([ROWS, BLOCK_K], NO_LOGIT, tl.float32)
     for j in tl.static_range(K):  # the K largest keys in turn: less work than comparing each with each
-        id, logit, keys = _take_best(keys, e)
+        logit, id, keys = _take_best(keys, e)
         if SCORING == "sigmoid" or HAS_BIAS:
             logit = tl.sum(tl.where(e == id, logits, 0.0), 1)[:, None]
         ids, chosen = tl.where(k == j, id, ids), tl.where(k == j, logit, chosen)
@@ -331,9 +325,7 @@ def _down(
     for block in range(BLOCKS):
         next_row = row + tl.num_programs(0) * ROWS
         next_end = tl.where(block + 1 < BLOCKS, H, 0)
-        sums = ()
-        for _t in tl.static_range(T):
-            sums = sums + (tl.zeros([ROWS, BLOCK_I // VECTOR], tl.float32),)
+        sums = (tl.zeros([ROWS, BLOCK_I // VECTOR], tl.float32),) * T
         for first in range(0, CHUNKS, AHEAD):
             is_last = first + AHEAD == CHUNKS
             load_row, load_end = tl.where(is_last, next_row, row), tl.where(is_last, next_end, H)

@@ -30,7 +30,7 @@ from flash_moe.ops._triton.counters import LINE, MAX_POLLS, arrive, wait_again
 from flash_moe.ops._triton.math import accurate_exp, activation, round_for
 from flash_moe.ops._triton.ranking import SMALLEST_KEY, is_above, ordered_key, with_ids
 from flash_moe.ops._triton.relaunch import Kept, Relaunch
-from flash_moe.ops._triton.router_keys import from_ordered, ids_of, long_keys, nan_max, scores_of
+from flash_moe.ops._triton.router_keys import from_ordered, long_keys, nan_max, score_and_id
 from flash_moe.ops._triton.scratch import Scratch, current_stream, keep
 from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 from flash_moe.ops._triton.sort import top
@@ -39,8 +39,8 @@ MAX_TOKENS, MAX_KEYS, MAX_CANDIDATES = 2, 256, 1024
 # A cache line each: how many launches there were, and what the programs of one count.
 LAUNCHES, ARRIVED = tl.constexpr(0), tl.constexpr(1)
 NUM_COUNTERS = tl.constexpr(2)
-# In a key with an id, and of the launch's number in a 16-bit logit's word.
-ID_MASK, NUMBER_MASK = tl.constexpr(8191), tl.constexpr(65535)
+# Of the launch's number in a 16-bit logit's word.
+NUMBER_MASK = tl.constexpr(65535)
 # Of a row or of candidates, what a warp takes at a time: of any dtype four elements a lane, which then lie alike.
 TILE, LANES = tl.constexpr(128), tl.constexpr(32)
 # Of fewer than a warp has lanes, tl.gather does not compile.
@@ -169,16 +169,6 @@ def _best(logits, dtype: tl.constexpr, N: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def _score_and_id(keys):
-    if keys.dtype == tl.int64:
-        return scores_of(keys), ids_of(keys).to(tl.int32)
-    else:
-        # The bits below a 16-bit float's are all equal, to its sign.
-        ordered = tl.where(keys < 0, keys | ID_MASK, keys & ~ID_MASK)
-        return from_ordered(ordered), ID_MASK - (keys & ID_MASK)
-
-
-@triton.jit
 def _load_pairs(pairs_ptr, C: tl.constexpr, ROWS: tl.constexpr):
     tiles = ()
     for first in tl.static_range(0, C, TILE):
@@ -193,8 +183,8 @@ def _candidates(high, low, pairs, N: tl.constexpr, C: tl.constexpr):
     tiles = ()
     for tile in tl.static_range((C + TILE - 1) // TILE):
         c = tile * TILE + tl.arange(0, TILE)[None, :]
-        high_score, high_id = _score_and_id(tl.gather(high, pairs[tile] >> 16, 1))
-        low_score, low_id = _score_and_id(tl.gather(low, pairs[tile] & 0xFFFF, 1))
+        high_score, high_id = score_and_id(tl.gather(high, pairs[tile] >> 16, 1))
+        low_score, low_id = score_and_id(tl.gather(low, pairs[tile] & 0xFFFF, 1))
         keys = tl.where(c < C, ordered_key(high_score + low_score), SMALLEST_KEY)
         tiles = tiles + ((keys, high_id * N + low_id),)
     return tiles
@@ -361,8 +351,8 @@ def _layer_kernel(
                 log_sum = _log_sum_exp(high, N) + _log_sum_exp(low, N)
             high, low = _best(high, dtype, N, BLOCK_R), _best(low, dtype, N, BLOCK_R)
             if NORM:  # the best sum; the weights' own sum is to come
-                log_sum = tl.max(_score_and_id(high)[0], 1, keep_dims=True)
-                log_sum += tl.max(_score_and_id(low)[0], 1, keep_dims=True)
+                log_sum = tl.max(score_and_id(high)[0], 1, keep_dims=True)
+                log_sum += tl.max(score_and_id(low)[0], 1, keep_dims=True)
             candidates = _candidates(high, low, pairs, N, C)
             for first in tl.static_range(0, OWN, WARPS):
                 own = program // STEP + (first + tl.arange(0, WARPS)) * (NUM_ROUTERS // STEP)

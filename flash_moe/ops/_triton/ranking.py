@@ -5,6 +5,8 @@ import triton.language as tl
 
 SMALLEST_KEY = tl.constexpr(-(2**31))
 LARGEST_KEY = tl.constexpr(2**31 - 1)
+# In a key with an id.
+ID_MASK = tl.constexpr(8191)
 
 
 @triton.jit
@@ -26,4 +28,4 @@ def with_ids(keys, ids):
 
     The low 13 bits of such a key are all equal: room for the id, and one comparison in place of 3.
     """
-    return (keys & -8192) | (8191 - ids)
+    return (keys & ~ID_MASK) | (ID_MASK - ids)

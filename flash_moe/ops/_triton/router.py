@@ -51,11 +51,11 @@ MAX_TAKE_ALL = 16
 # A threshold with up to twice as many sums as needed is found in a step or two; above this the longer sort costs more.
 MAX_WIDE = 128
 # Where up to twice as many sums as needed will do, thresholds are guessed. The first, of the way from what K sums
-# surely reach to the best sum: with normal logits 1.1 counts are enough at K 64, by halves 3. At K 512, where no more
-# sums will do, guesses save half of the counts and no time.
+# surely reach to the best sum: with normal logits 1.0 counts are enough at K 64, by halves 3.
 FIRST_STEP = tl.constexpr(0.1)
-# Then bounds are halved, which ends whatever the logits are.
+# Guesses that have not found it by then never may: bounds are halved, which ends whatever the logits are.
 MAX_GUESSES = tl.constexpr(10)
+# Bounds that are sums cost a reduction a try, which pays only where sums tie, and few searches last so long.
 TRIES_WITHOUT_SUMS = 3
 NEVER = tl.constexpr(-1)
 # Sums that tie with the worst chosen and do not fit among the sorted go through networks of this size: bfloat16 logits

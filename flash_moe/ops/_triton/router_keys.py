@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from flash_moe.ops._triton.math import INTERPRETED, accurate_exp
+from flash_moe.ops._triton.ranking import ID_MASK
 
 LOWEST = tl.constexpr(-(2**31))
 PADDING = tl.constexpr(-(2**63))
@@ -44,6 +45,16 @@ def scores_of(long_keys):
 @triton.jit
 def ids_of(long_keys):
     return 0xFFFFFFFF - (long_keys & 0xFFFFFFFF)
+
+
+@triton.jit
+def score_and_id(keys):
+    """Of ``long_keys``, or of keys that a 16-bit float's ``with_ids`` has made."""
+    if keys.dtype == tl.int64:
+        return scores_of(keys), ids_of(keys).to(tl.int32)
+    else:
+        # The bits below such a float's are all equal, to its sign.
+        return from_ordered(tl.where(keys < 0, keys | ID_MASK, keys & ~ID_MASK)), ~keys & ID_MASK
 
 
 @triton.jit
