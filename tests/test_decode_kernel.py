@@ -22,6 +22,7 @@ from test_decode import (
     run,
     with_bias,
 )
+from test_decode_few import run_few
 from test_layer_inference import Seen
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -42,7 +43,7 @@ from triton.language.extra.cuda import globaltimer
 
 from flash_moe.bench.timing import count_launches
 from flash_moe.ops._triton import decode as kernel
-from flash_moe.ops._triton import decode_config, relaunch
+from flash_moe.ops._triton import decode_config, decode_few, relaunch
 from flash_moe.ops._triton import scratch as scratch_module
 from flash_moe.ops._triton.decode_kernel import ALL_SELECTED, LINE
 
@@ -60,12 +61,14 @@ def scratch(device, monkeypatch):
     """
     if device.type == "cpu":
         monkeypatch.setattr(kernel, "MAX_POLLS", 100)
+        monkeypatch.setattr(decode_few, "MAX_POLLS", 100)
     monkeypatch.setattr(kernel, "_prepared", OrderedDict())
     monkeypatch.setattr(module, "_repeatable", weakref.WeakValueDictionary())
     yield
     if device.type == "cuda":
         torch.cuda.synchronize()
     for prepared in kernel._prepared.values():
+        assert not any(flag.any() for flag in prepared.flags)
         if isinstance(prepared, kernel.Prepared):
             for state in prepared.scratch.of_stream.values():
                 assert_unused(state)
@@ -91,6 +94,9 @@ def scratch_of(x, layer, policy="queue"):
 def run_kernel(x, layer, policy="queue", **options):
     """By a policy: "auto" has a kernel without for a few tokens."""
     return run(x, layer, backend="triton", policy=policy, return_router_logits=True, **options)
+
+
+both_kernels = pytest.mark.parametrize("function", [run_kernel, run_few], ids=["schedule", "few tokens"])
 
 
 # Values
@@ -163,15 +169,17 @@ def test_every_token_on_the_same_experts(T, device):
     assert_right(x.expand(T, -1).contiguous(), layer, run_kernel)
 
 
+@both_kernels
 @pytest.mark.parametrize("hidden_act", list(ACTIVATIONS))
-def test_activations(hidden_act, device):
+def test_activations(hidden_act, function, device):
     x, layer = make_decode_inputs(2, 16, 8, 4, Routing(2), torch.float32, device)
-    assert_right(x, layer._replace(hidden_act=hidden_act), run_kernel)
+    assert_right(x, layer._replace(hidden_act=hidden_act), function)
 
 
-def test_a_router_in_float32(device):
+@both_kernels
+def test_a_router_in_float32(function, device):
     x, layer = make_decode_inputs(2, 48, 8, 6, Routing(2), torch.bfloat16, device)
-    assert_right(x, layer._replace(router_weight=layer.router_weight.float()), run_kernel)
+    assert_right(x, layer._replace(router_weight=layer.router_weight.float()), function)
 
 
 @every_policy

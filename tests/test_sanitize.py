@@ -1,8 +1,5 @@
 """The cases for compute-sanitizer, without it: that they run and can fail."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,15 +7,10 @@ from flash_moe._moe_layer import Routing
 
 pytest.importorskip("triton", reason="needs triton, which there is for Linux only")
 
-FOLDER = Path(__file__).parents[1]
-
 
 @pytest.fixture
-def sanitize():
-    spec = importlib.util.spec_from_file_location("sanitize", FOLDER / "benchmarks" / "sanitize.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def sanitize(load_benchmark):
+    return load_benchmark("sanitize")
 
 
 @pytest.mark.parametrize("name", ["mlp-few", "quantized"])

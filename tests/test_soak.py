@@ -1,8 +1,6 @@
 """The soak of flash_decode in one launch, short: it passes, and it can fail."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
@@ -12,12 +10,8 @@ SIZES = ["--sizes", "256x128x32x4", "--tokens", "5", "--calls", "2000", "--every
 
 
 @pytest.fixture
-def soak_decode():
-    path = Path(__file__).parents[1] / "benchmarks" / "soak_decode.py"
-    spec = importlib.util.spec_from_file_location("soak_decode", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def soak_decode(load_benchmark):
+    return load_benchmark("soak_decode")
 
 
 @pytest.mark.gpu

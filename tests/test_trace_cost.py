@@ -1,8 +1,5 @@
 """The benchmark of what traces cost: that its copy of the kernel is one without them, and else the same."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,15 +7,10 @@ pytest.importorskip("triton", reason="needs triton, which there is for Linux onl
 
 from flash_moe.ops._triton import decode
 
-FOLDER = Path(__file__).parents[1]
-
 
 @pytest.fixture
-def benchmark_module():
-    spec = importlib.util.spec_from_file_location("trace_cost", FOLDER / "benchmarks" / "trace_cost.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark_module(load_benchmark):
+    return load_benchmark("trace_cost")
 
 
 @pytest.mark.parametrize("policy", ["static", "queue"])

@@ -37,9 +37,8 @@ HOPPER = (9, 0)
 
 @triton.jit
 def _gated(gate, up, HIDDEN_ACT: tl.constexpr):
-    if (
-        HIDDEN_ACT == "silu"
-    ):  # one division in place of a sigmoid's and a product: tensor cores wait for what is done here
+    # One division in place of a sigmoid's and a product: tensor cores wait for what is done here.
+    if HIDDEN_ACT == "silu":
         return gate * up / (1.0 + tl.exp2(gate * -1.4426950408889634))
     return activation(gate, HIDDEN_ACT) * up
 
