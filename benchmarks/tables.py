@@ -6,7 +6,9 @@ Run: python benchmarks/tables.py          rewrites the text between <!-- table: 
 NAME is one of
     training         the runs of flash-moe train, one line a run
     training history every run on a GPU, those before and those with another backend too
-    profile          of the last run on a GPU that has one, what of a step's time goes to which part
+    profile          of the last run on a GPU that has one, what of a step's time goes to which part, and what a layer
+                     takes of it beside the same layer alone
+    first losses     of the first steps of runs with the same weights and batches, a column a backend
     soak             the last run of benchmarks/soak_decode.py of each layer on each GPU
     loss curve       the picture of the GPU run, where one is committed
     gpu OP, cpu OP   the timings of one op or layer on that kind of device
@@ -32,6 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 ANCHORS = Path("benchmarks/anchors.json")
 LOSS_CURVE = Path("benchmarks/results/train_gpu/loss.png")
+FIRST_LOSSES = Path("benchmarks/results/train_gpu/first_losses.jsonl")
 SOAKS = Path("benchmarks/results/soak")
 TIMING_FIELDS = ("op", "case", "backend", "pass", "time_us", "torch", "commit", "date")
 TRAINING_FIELDS = (
@@ -43,6 +46,8 @@ BASELINE = "reference"
 QUANTIZED, NOT_QUANTIZED = "_quantized", "bfloat16"
 ERROR = re.compile(r", relative error [\d.]+ %")
 OURS = "triton"
+# A layer as flash-moe train runs it, by benchmarks/layer.py.
+TRAINED_LAYER = "triton, autocast"
 SPARSE_GRAD = "triton_sparse_grad"
 DECODE = "flash_decode"
 # As flash-moe bench has it: with more between two readings, the SM clock moved under the measurement.
@@ -66,6 +71,9 @@ WORDS = {
         "gb_per_s": "TB/s", "tflops": "TFLOP/s", "peak_mib": "peak MiB", "commit": "commit", "threads": "threads",
         "loss curve": "Loss of the GPU run: bits per byte over training steps",
         "part": "part", "ms": "GPU, ms", "step_share": "of the step", "launches": "launches", "all": "all",
+        "a layer": "A FlashMoE layer takes {here:.2f} ms of the step, and {alone:.2f} ms alone in a graph: {ratio:.2f} times "
+        "that",
+        "step": "step", "loss of": "loss, {backend}",
         "published": "published FlashMoE, ms", "pytorch": "best PyTorch, ms", "ours": "ours, ms",
         "graph": "ours in a CUDA graph, ms", "roof": "roof, ms", "share": "of the roof", "goal": "goal, ms",
         "holds": "goal holds", "yes": "yes", "no": "no",
@@ -91,6 +99,8 @@ WORDS = {
         "gb_per_s": "TB/s", "tflops": "TFLOP/s", "peak_mib": "峰值 MiB", "commit": "提交", "threads": "线程",
         "loss curve": "GPU 训练的损失曲线：每字节比特数随步数的变化",
         "part": "部分", "ms": "GPU，毫秒", "step_share": "占一步", "launches": "启动次数", "all": "合计",
+        "a layer": "每个 FlashMoE 层占一步的 {here:.2f} 毫秒，单独在 CUDA graph 中为 {alone:.2f} 毫秒：{ratio:.2f} 倍",
+        "step": "步", "loss of": "损失，{backend}",
         "published": "已发布的 FlashMoE，毫秒", "pytorch": "最快的 PyTorch，毫秒", "ours": "本库，毫秒",
         "graph": "本库（CUDA graph），毫秒", "roof": "上限，毫秒", "share": "占上限", "goal": "目标，毫秒",
         "holds": "达到目标", "yes": "是", "no": "否",
@@ -230,14 +240,17 @@ def render_table(name: str, rows: Sequence[Row], language: str, root: Path, path
     if name == "training history":
         return history_table([row for row in rows if table_of(row) == "training" and row.get("gpu")], words)
     if name == "profile":
-        return profile_table([row for row in rows if row.get("profile") and row.get("gpu")][-1:], words)
+        return profile_table([row for row in rows if row.get("profile") and row.get("gpu")][-1:], rows, words)
+    if name == "first losses":
+        return first_losses_table(root / FIRST_LOSSES, words)
     if name == "sparse gradients":
         return sparse_gradients_tables(rows, words, language)
     if name.startswith("anchors "):
         return anchors_table(name.removeprefix("anchors "), rows, words, language, root)
     if name != "training" and not re.fullmatch(r"(gpu|cpu) \w+(: .+)?", name):
         expected = (
-            "training, training history, profile, loss curve, soak, sparse gradients, gpu OP, cpu OP or anchors OP"
+            "training, training history, profile, first losses, loss curve, soak, sparse gradients, gpu OP, cpu OP or "
+            "anchors OP"
         )
         raise ValueError(f"{path.name}: expected the table {expected}; got {name!r}")
     table, _, sizes = name.partition(": ")  # "gpu FlashMoE: T 4096" is the cases that begin so
@@ -278,17 +291,51 @@ def runs_table(rows: Sequence[Row], words: dict[str, str], more: list[str]) -> s
     return markdown([words[key] for key in keys], lines, left=2 + len(more))
 
 
-def profile_table(rows: Sequence[Row], words: dict[str, str]) -> str:
-    if not rows:
+def profile_table(run: Sequence[Row], rows: Sequence[Row], words: dict[str, str]) -> str:
+    if not run:
         return words["none"] + "\n"
-    profile = rows[0]["profile"]
+    profile = run[0]["profile"]
     items = [*profile["parts"], {"name": words["all"], "ms": profile["busy_ms"], "launches": ""}]
     lines = [
         [item["name"], f"{item['ms']:.2f}", f"{100 * item['ms'] / profile['busy_ms']:.1f} %", str(item["launches"])]
         for item in items
     ]
     header = [words[key] for key in ("part", "ms", "step_share", "launches")]
-    return markdown(header, lines, left=1) + caption(rows, words)
+    beside = layer_beside_itself(run[0], rows)
+    note = f"\n{words['a layer'].format(**beside)}{words['stop']}\n" if beside else ""
+    return markdown(header, lines, left=1) + note + caption(run, words)
+
+
+def layer_beside_itself(run: Row, rows: Sequence[Row]) -> dict[str, float]:
+    """Milliseconds of a FlashMoE layer, forward and backward, in the profiled step and alone at the same sizes.
+
+    Empty where it was not measured alone.
+    """
+    train, model = run["train"], run["train"]["model"]
+    T = train["batch_size"] * model["context_length"]
+    sizes = f"T {T}, H {model['hidden_size']}, I {model['intermediate_size']}, E {model['num_experts']}, "
+    name = f"{sizes}K {model['num_experts_per_tok']}, CUDA graph"
+    wanted = ("FlashMoE", name, TRAINED_LAYER, "forward_backward", run["gpu"])
+    alone = [row for row in rows if tuple(row.get(key) for key in ("op", "case", "backend", "pass", "gpu")) == wanted]
+    if not alone:
+        return {}
+    parts = [part["ms"] for part in run["profile"]["parts"] if part["name"] == "FlashMoE layers"]
+    here, alone_ms = sum(parts) / model["num_layers"], alone[-1]["time_us"][1] / 1000
+    return {"here": here, "alone": alone_ms, "ratio": here / alone_ms}
+
+
+def first_losses_table(path: Path, words: dict[str, str]) -> str:
+    if not path.exists():
+        return words["none"] + "\n"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    losses = {(row["step"], row["backend"]): row["loss"] for row in rows}
+    lines = [
+        [str(step), *(f"{losses[step, backend]:.4f}" for backend in backends)]
+        for step in sorted({at for at, _ in losses})
+    ]
+    header = [words["step"], *(words["loss of"].format(backend=backend) for backend in backends)]
+    return markdown(header, lines, left=0) + caption(rows, words)
 
 
 def sparse_gradients_tables(rows: Sequence[Row], words: dict[str, str], language: str) -> str:

@@ -511,7 +511,13 @@ RESULT = {
     "kind": "result", "step": 2000, "heldout_bits_per_byte": 1.5, "train_seconds": 99.9, "tokens_per_s": 1e6,
     "parameters": 10**9, "device": "An H200, 140 GiB, compute capability 9.0",
     "flash_moe": "0.1.0 (commit abcdef0-dirty)", "torch": "2.13.0", "triton": "3.7.1", "date": "2026-01-02T03:04:05Z",
-    "train": {"model": {"num_layers": 8, "hidden_size": 512, "num_experts": 16384, "num_experts_per_tok": 32}},
+    "train": {
+        "batch_size": 32,
+        "model": {
+            "num_layers": 8, "hidden_size": 512, "intermediate_size": 1024, "num_experts": 16384,
+            "num_experts_per_tok": 32, "context_length": 1024,
+        },
+    },
 }  # fmt: skip
 
 
@@ -559,7 +565,13 @@ def test_history_has_every_run_on_a_gpu_and_the_profile_is_the_last_ones(root):
     plain = {**RESULT, "train": {"model": {**RESULT["train"]["model"], "backend": "reference"}}}
     parts = [{"name": "FlashMoE layers", "ms": 3.0, "launches": 12}, {"name": "attention", "ms": 1.0, "launches": 5}]
     last = {**RESULT, "tokens_per_s": 2e6, "profile": {"busy_ms": 4.0, "parts": parts}}
-    commit(root, {**RESULT, "flash_moe": "0.1.0 (commit 1111111)"}, plain, last, TRAINING)
+    alone = {
+        **TIMING, "op": "FlashMoE", "case": "T 32768, H 512, I 1024, E 16384, K 32, CUDA graph",
+        "backend": "triton, autocast", "pass": "forward_backward", "time_us": [240.0, 250.0, 260.0],
+    }  # fmt: skip
+    with (root / "docs" / "a.md").open("a") as file:
+        file.write("<!-- table: gpu FlashMoE -->\n<!-- /table -->\n")
+    commit(root, {**RESULT, "flash_moe": "0.1.0 (commit 1111111)"}, plain, last, TRAINING, alone)
     text = written(root, "docs/a.md")
     sizes = "L 8, H 512, E 16384, K 32"
     assert f"| {sizes} | An H200 | 1111111 | 1,000.0 M | 2,000 | 1,000,000 | 100 s | 1.500 |\n" in text
@@ -568,7 +580,36 @@ def test_history_has_every_run_on_a_gpu_and_the_profile_is_the_last_ones(root):
     assert "4,321" not in text  # of a CPU
     assert "| FlashMoE layers | 3.00 | 75.0 % | 12 |\n" in text
     assert "| all | 4.00 | 100.0 % |  |\n" in text
+    assert "A FlashMoE layer takes 0.38 ms of the step, and 0.25 ms alone in a graph: 1.50 times that.\n" in text
     assert "1,000,000" not in written(root, "README.md")
+
+
+def test_layers_of_the_committed_run_take_what_one_takes_alone():
+    rows = tables.read_rows(ROOT / "benchmarks" / "results")
+    run = [row for row in rows if row.get("profile") and row.get("gpu")][-1]
+    assert 0.9 <= tables.layer_beside_itself(run, rows)["ratio"] <= 1.1
+
+
+def test_first_losses_of_two_backends(root):
+    (root / "docs" / "a.md").write_text("<!-- table: first losses -->\n<!-- /table -->\n")
+    assert "No row is committed yet.\n" in written(root, "docs/a.md")
+    row = {"step": 20, "loss": 2.5, "gpu": "An H200", "torch": "2.13.0", "commit": "0123456789", "date": "2026-01-02"}
+    (root / tables.FIRST_LOSSES).parent.mkdir()
+    rows = {**row, "backend": "auto"}, {**row, "backend": "auto", "step": 10, "loss": 3.25}, {**row, "backend": "torch"}
+    more = {**row, "backend": "torch", "step": 10, "loss": 3.125}
+    commit(root, *rows, more, file=tables.FIRST_LOSSES.relative_to("benchmarks/results"))
+    text = written(root, "docs/a.md")
+    assert "| step | loss, auto | loss, torch |\n" in text
+    assert "| 10 | 3.2500 | 3.1250 |\n| 20 | 2.5000 | 2.5000 |\n" in text
+
+
+def test_first_losses_of_both_committed_backends_are_the_same():
+    """Before rounding has led the two runs apart."""
+    rows = [json.loads(line) for line in (ROOT / tables.FIRST_LOSSES).read_text().splitlines()]
+    ours, plain = ([row for row in rows if row["backend"] == backend] for backend in ("auto", "reference"))
+    assert [row["learning_rate"] for row in ours] == [row["learning_rate"] for row in plain]
+    for mine, other in zip(ours[:2], plain[:2], strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=2e-3)
 
 
 def test_sparse_gradients_stand_beside_dense_ones(root):
