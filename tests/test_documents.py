@@ -580,7 +580,7 @@ def test_history_has_every_run_on_a_gpu_and_the_profile_is_the_last_ones(root):
     assert "4,321" not in text  # of a CPU
     assert "| FlashMoE layers | 3.00 | 75.0 % | 12 |\n" in text
     assert "| all | 4.00 | 100.0 % |  |\n" in text
-    assert "A FlashMoE layer takes 0.38 ms of the step, and 0.25 ms alone in a graph: 1.50 times that.\n" in text
+    assert "A FlashMoE layer takes 0.38 ms, and 0.25 ms alone in a graph: 1.50 times that.\n" in text
     assert "1,000,000" not in written(root, "README.md")
 
 
