@@ -7,19 +7,21 @@ Run: python benchmarks/layer.py --commit COMMIT --out FILE [--mode MODE] [--case
     compiled  torch.compile(layer, fullgraph=True, dynamic=True): one compilation for all T from 2 on
     reduce-overhead  torch.compile(layer, fullgraph=True, mode="reduce-overhead"), which makes CUDA graphs by itself:
               the first T is compiled for itself, what follows for any
+    in line   the layer without a stream of its own for the MLP, in a graph, where `eager` has one
     autocast  parameters and tokens in float32 under bfloat16 autocast, with norm_topk_prob: as flash-moe train runs it
 
-Forward is evaluation without gradients, forward and backward is training. Both are called eagerly and, but for
-reduce-overhead, in a CUDA graph. A compiled layer is compared with the eager one before it is timed.
+Forward is evaluation without gradients, forward and backward is training. Both are called eagerly, but for in line, and
+in a CUDA graph, but for reduce-overhead. A compiled layer is compared with the eager one before it is timed.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +30,12 @@ from flash_moe import FlashMoE, FlashMoEConfig
 from flash_moe.bench.cases import Sizes, parse_sizes
 from flash_moe.bench.machine import describe_machine
 from flash_moe.bench.timing import CudaTimer, percentiles
+from flash_moe.ops._triton import expert_mlp, layer_inference
 
-T_OF = {"eager": (1, 64, 4096), "compiled": (1, 64, 4096), "reduce-overhead": (1, 64, 4096), "autocast": (4096,)}
+T_OF = {
+    "eager": (1, 64, 4096), "compiled": (1, 64, 4096), "reduce-overhead": (1, 64, 4096), "in line": (64, 4096),
+    "autocast": (4096,),
+}  # fmt: skip
 COMPILED: dict[str, dict[str, Any]] = {"compiled": {"dynamic": True}, "reduce-overhead": {"mode": "reduce-overhead"}}
 SIZES = (1024, 4096, 16384, 64)
 IDLE_START_TOKENS = 64  # as in flash-moe bench: so few are timed on an idle GPU
@@ -38,6 +44,19 @@ MAX_ERROR = 0.05
 SECONDS = 0.2
 
 Call = Callable[[], Any]
+
+
+class InLine(expert_mlp.SideStream):
+    """No stream beside the current one."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._current = None
+
+
+@contextmanager
+def in_line() -> Iterator[None]:
+    with patch.object(expert_mlp, "SideStream", InLine), patch.object(layer_inference, "SideStream", InLine):
+        yield
 
 
 def make_layer(mode: str, sizes: Sizes) -> nn.Module:
@@ -107,7 +126,8 @@ def measure(mode: str, tokens: Sizes, sizes: Sizes, timer: CudaTimer) -> Iterato
             if mode in COMPILED:
                 check(bound, bind(mode, layer, layer, T, sizes, which))
             timer.warm_up(bound)
-            yield _row(mode, which, T, sizes, "", timer.time_eager(bound, idle_start=T <= IDLE_START_TOKENS))
+            if mode != "in line":
+                yield _row(mode, which, T, sizes, "", timer.time_eager(bound, idle_start=T <= IDLE_START_TOKENS))
             if mode != "reduce-overhead":
                 yield _row(mode, which, T, sizes, ", CUDA graph", timer.time_graph([lambda bound=bound: bound]).times)
             del bound
@@ -142,11 +162,12 @@ def main() -> None:
     case = parse_sizes("layer", args.case) if args.case else None
     for mode in args.mode or T_OF:
         tokens, sizes = (case[:1], case[1:]) if case else (T_OF[mode], SIZES)
-        for row in measure(mode, tokens, sizes, timer):
-            print(f"{row['backend']:20} {row['case']:56} {row['pass']:16} {row['time_us'][1]:10.1f} us", flush=True)
-            if args.out:
-                with args.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row | machine) + "\n")
+        with in_line() if mode == "in line" else nullcontext():
+            for row in measure(mode, tokens, sizes, timer):
+                print(f"{row['backend']:20} {row['case']:56} {row['pass']:16} {row['time_us'][1]:10.1f} us", flush=True)
+                if args.out:
+                    with args.out.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row | machine) + "\n")
 
 
 if __name__ == "__main__":

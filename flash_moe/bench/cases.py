@@ -51,6 +51,7 @@ SWEEP: dict[str, tuple[Sizes, ...]] = {
     "router": (
         *((4**i, 128, 64) for i in range(9)),
         *((4096, N, 64) for N in (32, 64, 256, 512, 1024)),
+        *((4096, 320, K) for K in (1024, 2048, 4096)),
     ),
     "expert": (
         *((4**i, 1024, 16384, 64) for i in range(9)),

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_moe._backend import why_not_triton
-from flash_moe.bench.cases import LAYER_PARAMETERS, Case, Inputs, dense_case, layer_config
+from flash_moe.bench.cases import ANCHORS, LAYER_PARAMETERS, Case, Inputs, dense_case, layer_config
 from flash_moe.bench.work import BACKWARD, BOTH, FORWARD
 from flash_moe.modules.flash_moe import FlashMoE
 from flash_moe.ops.flash_expert import flash_expert
@@ -35,13 +35,9 @@ SPARSE_GRAD = "triton_sparse_grad"
 # "reference" is PyTorch eager, the specification: it gathers [T, K, H] and sorts every candidate.
 NAMES = (*OURS, "reference", "pytorch_smart", "torch_compile", "liger", DENSE_MLP, SPARSE_GRAD)
 # Compiling takes longer than all else, so by default only these are compiled; --backend torch_compile compiles any.
-COMPILED = {
-    "router": ("4096x128x64",),
-    "expert": ("4096x1024x16384x64", "4096x1024x102400x512", "1x1024x16384x64"),
-    "mlp": ("4096x1024x4096", "16384x1024x1024", "8192x2048x8192", "4096x1024x4224"),
-    # Not 65,536 tokens: uncompiled, the reference takes 25 GB and a tenth of a second there.
-    "layer": tuple(f"{4**i}x1024x4096x16384x64" for i in range(8)),
-}
+COMPILED = {op: tuple("x".join(map(str, sizes)) for sizes in cases) for op, cases in ANCHORS.items()}
+# A layer takes the longest, and compiled it changes little from one T to the next.
+COMPILED["layer"] = tuple(f"{16**i}x1024x4096x16384x64" for i in range(5))
 # By default; --backend triton_sparse_grad measures any: 4096x1024x1048576x64 differs from the first in E alone.
 ROW_SPARSE = ("4096x1024x16384x64", "8192x2048x1048576x64")
 COMPILER = "inductor"
@@ -148,7 +144,9 @@ def _competitor(case: Case, name: str, function: Callable[..., Any]) -> Competit
     captured: tuple[str, ...] = ()
     if name in OURS:
         captured = (FORWARD, BACKWARD, BOTH)
-    elif name == "pytorch_smart" or (name == "reference" and case.op in ("expert", "mlp")):
+    elif case.op == "mlp":
+        captured = (FORWARD, BACKWARD)
+    elif name == "pytorch_smart" or (name == "reference" and case.op == "expert"):
         captured = (FORWARD,)  # the router's reference, and the backward of a gather, synchronise
     bind = _bind_layer if case.op == "layer" else _bind_op
     return Competitor(name, partial(bind, case, function), captured)
@@ -243,9 +241,14 @@ def _smart_router(num_expert_keys: int, num_experts_per_tok: int, device: torch.
 def _smart_expert(
     hidden_states: Tensor, down_weights: Tensor, up_weights: Tensor, indices: Tensor, routing_weights: Tensor
 ) -> Tensor:
-    """Gathers ``[T, K, H]`` once; the weighted sum is ``embedding_bag``."""
+    """Gathers ``[T, K, H]`` once, and the weighted sum is ``embedding_bag``.
+
+    That has no backward in 16 bits on a GPU: where a gradient is asked for, the sum is another gather and a product.
+    """
     pre_activations = torch.bmm(F.embedding(indices, down_weights), hidden_states[:, :, None])[:, :, 0]
     coefficients = F.silu(pre_activations) * routing_weights.to(hidden_states.dtype)
+    if torch.is_grad_enabled():
+        return torch.bmm(coefficients[:, None, :], F.embedding(indices, up_weights))[:, 0]
     return F.embedding_bag(indices, up_weights, mode="sum", per_sample_weights=coefficients)
 
 
