@@ -531,6 +531,33 @@ def test_auto_takes_the_kernel_where_it_can(device):
     assert trace.policy == "queue"
 
 
+def test_more_tokens_than_one_launch_takes_go_in_pieces(device, monkeypatch):
+    x, layer = make_decode_inputs(8, 16, 8, 6, Routing(2), torch.float32, device)
+    monkeypatch.setattr(kernel, "MAX_TOKENS", 3)
+    if device.type == "cpu":
+        monkeypatch.setattr(module, "_goes_in_pieces", lambda x, layer: len(x) > 3)
+    out, logits = run(x, layer, return_router_logits=True)
+    pieces = [run(piece, layer, backend="triton", return_router_logits=True) for piece in x.split(3)]
+    assert torch.equal(out, torch.cat([out for out, _ in pieces]))
+    assert torch.equal(logits, torch.cat([logits for _, logits in pieces]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "dtype, scale, in_pieces",
+    [
+        (torch.bfloat16, "none", False), (torch.float16, "none", True), (torch.float32, "none", True),
+        (torch.bfloat16, "row", True),
+    ],
+)  # fmt: skip
+def test_pieces_where_pytorch_has_no_grouped_product(dtype, scale, in_pieces, device):
+    x, layer = make_decode_inputs(300, 64, 48, 6, Routing(2), dtype, device, scale=scale)
+    assert_right(x, layer, lambda x, layer: run(x, layer, return_router_logits=True))
+    out = run(x, layer)
+    pieces = torch.cat([run(piece, layer, backend="triton") for piece in x.split(128)])
+    assert torch.equal(out, pieces if in_pieces else run(x, layer, backend="torch"))
+
+
 @pytest.mark.gpu
 @every_policy
 @pytest.mark.parametrize("T", [1, 64])

@@ -89,8 +89,8 @@ def flash_decode(
             ``[E, ceil(R / 128), ceil(C / 128)]``, a scale a block of 128 x 128.
         backend: "triton" (one launch, at most 128 tokens and 1024 experts), "torch" (CPU: the schedule, interpreted;
             CUDA: PyTorch's own kernels, without waiting for the device), or "reference". "auto" is "triton" on a GPU
-            where it takes the call and its programs have room at once, else "torch". An explicit choice never falls
-            back.
+            where it takes the call and its programs have room at once, a launch for every 128 tokens of a call on more
+            for which PyTorch has no grouped product, else "torch". An explicit choice never falls back.
         policy: which program takes which task: "static", "queue" or "actor", which give the same bits. "auto" is what
             measured best; in one launch, for up to six tokens, eight in float32, of a layer without groups and shared
             expert, with at most 16 experts a token of 1024 and 64 pairs in all, a kernel without a schedule, whose sums
@@ -343,11 +343,31 @@ def _forward(hidden_states: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     layer = _unflatten(*flat)
     name = _backend_of(hidden_states, layer, backend)
     try:
+        if backend == "auto" and _goes_in_pieces(hidden_states, layer):
+            return _in_pieces(hidden_states, layer)
         return _implementation(name).decode_forward(hidden_states, layer, policy)
     except NoRoomError:
         if backend != "auto":
             raise
         return _implementation("torch").decode_forward(hidden_states, layer, "auto")
+
+
+def _goes_in_pieces(x: Tensor, layer: MoELayer) -> bool:
+    """Whether it is too many tokens for one launch, each piece is not, and PyTorch has no grouped product for them.
+
+    Without one, PyTorch multiplies every token with every expert in float32.
+    """
+    if not x.is_cuda or why_not_triton("cuda") is not None:
+        return False
+    kernel = _implementation("triton")
+    is_larger = x.shape[0] > kernel.MAX_TOKENS and kernel.takes(x[: kernel.MAX_TOKENS], layer)
+    return is_larger and not _implementation("torch").fits_grouped_products(x, layer)
+
+
+def _in_pieces(x: Tensor, layer: MoELayer) -> tuple[Tensor, Tensor]:
+    kernel = _implementation("triton")
+    pieces = [kernel.decode_forward(piece, layer, "auto") for piece in x.split(kernel.MAX_TOKENS)]
+    return torch.cat([out for out, _ in pieces]), torch.cat([logits for _, logits in pieces])
 
 
 def _forward_fake(hidden_states: Tensor, router_weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

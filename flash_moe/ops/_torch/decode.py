@@ -192,7 +192,7 @@ def decode_on_device(hidden_states: Tensor, layer: MoELayer) -> tuple[Tensor, Te
     T, K, E = *indices.shape, layer.down_proj.shape[0]
     if T == 0:
         return torch.empty_like(hidden_states), logits
-    if _fits_grouped_products(hidden_states, layer):
+    if fits_grouped_products(hidden_states, layer):
         out = _weighted_sum(_grouped_products(hidden_states, layer, indices), weights)
     elif T * K * GATHERED_SHARE <= E:
         out = _weighted_sum(_gathered_products(hidden_states, layer, indices), weights)
@@ -214,7 +214,7 @@ def _weighted_sum(products: Tensor, weights: Tensor) -> Tensor:
     return torch.bmm(weights[:, None], products.view(T, K, -1).float())[:, 0]
 
 
-def _fits_grouped_products(hidden_states: Tensor, layer: MoELayer) -> bool:
+def fits_grouped_products(hidden_states: Tensor, layer: MoELayer) -> bool:
     """``grouped_mm`` has kernels for bfloat16 rows of whole 16-byte vectors, on Hopper and Blackwell.
 
     Elsewhere it reads the groups' sizes on the host, which would wait for the device.
