@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_decode import DTYPES, ROUTINGS, assert_right, describe, every_dtype, run, with_bias
 
-from flash_moe._moe_layer import Routing
+from flash_moe._moe_layer import MoELayer, Routing
 from flash_moe.ops import flash_decode as module
 from flash_moe.schedule.policies import POLICIES
 from flash_moe.testing import make_decode_inputs, poison_memory
@@ -167,6 +167,42 @@ def test_what_it_takes(device):
         assert not takes_few(*make_decode_inputs(T, H, I, E, Routing(K), torch.bfloat16, device))
 
 
+@pytest.mark.parametrize(
+    "H, I, E, K, dtype, taken",
+    [
+        (2048, 768, 128, 8, torch.bfloat16, (1, 2, 6)),
+        (2048, 768, 128, 8, torch.float32, (1, 2, 6)),
+        (2048, 1024, 64, 8, torch.bfloat16, (1, 2, 6)),
+        (2048, 1024, 64, 8, torch.float32, (1, 2, 6)),
+        (4096, 14336, 8, 2, torch.bfloat16, (1,)),
+        (7168, 2048, 256, 8, torch.bfloat16, (1,)),
+    ],
+    ids=["qwen3", "qwen3-float32", "olmoe", "olmoe-float32", "mixtral", "deepseek-experts"],
+)
+def test_experts_that_tokens_share_are_read_once(H, I, E, K, dtype, taken, monkeypatch):
+    """Where one expert's gate and up rows are too large for L2, several tokens are the schedule's."""
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    layer = MoELayer(empty(E, H), empty(E, 2 * I, H), empty(E, H, I), Routing(K))
+    monkeypatch.setattr(decode, "FewTokens", lambda *_: "few tokens")
+    monkeypatch.setattr(decode, "_prepare_scheduled", lambda *_: "schedule")
+    for T in (1, 2, 6):
+        found = decode._prepare(empty(T, H), layer, "auto", False)
+        assert found == ("few tokens" if T in taken else "schedule"), f"T {T}"
+
+
+def test_how_large_a_shared_expert_may_be(monkeypatch):
+    monkeypatch.setattr(decode_few, "MAX_SHARED_NBYTES", 2 * 8 * 16 * 2)
+    for I, takes in ((8, True), (9, False)):
+        x, layer = make_decode_inputs(2, 16, I, 6, Routing(2), torch.bfloat16, "cpu")
+        assert takes_few(x, layer) == takes
+        assert takes_few(x[:1], layer)
+    of_float8 = make_decode_inputs(2, 16, 16, 6, Routing(2), torch.bfloat16, "cpu", scale="row")
+    assert takes_few(*of_float8)
+
+
 def test_a_policy_that_is_asked_for_is_the_schedules(prepared, device):
     x, layer = inputs(2, 24, 20, 8, Routing(3), torch.bfloat16, device)
     outs = [run(x, layer, backend="triton", policy=policy) for policy in POLICIES]
@@ -279,8 +315,9 @@ def test_full_size(T, scale, dtype, device):
 @pytest.mark.parametrize(
     "H, I, E, K", [(4096, 14336, 8, 2), (2048, 1024, 64, 8), (1000, 3001, 90, 3), (7168, 2048, 96, 8)], ids=str
 )
-def test_other_models(H, I, E, K, device):
-    """The last one's weights are more than 2^31 numbers."""
+def test_other_models(H, I, E, K, device, monkeypatch):
+    """The last one's weights are more than 2^31 numbers. Right also where sharing tokens are the schedule's."""
+    monkeypatch.setattr(decode_few, "MAX_SHARED_NBYTES", 2**31)
     x, layer = inputs(3, H, I, E, Routing(K), torch.bfloat16, device)
     assert_right(x[:1], layer, run_few)
     assert_right(x, layer, run_few)
