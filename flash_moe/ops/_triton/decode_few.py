@@ -281,9 +281,11 @@ def _load_down(
 @triton.jit
 def _down_products(
     tile, activated_ptr, chunk, S: tl.constexpr, I: tl.constexpr, PARTS: tl.constexpr, BLOCK_I: tl.constexpr,
-    VECTOR: tl.constexpr, IN_WORDS: tl.constexpr,
+    VECTOR: tl.constexpr, IN_PAIRS: tl.constexpr, IN_WORDS: tl.constexpr,
 ):  # fmt: skip
+    """Sums of VECTOR columns each. ``IN_PAIRS``, the two of what is elsewhere a word come first, and add up as they do."""
     SCALE: tl.constexpr = 2 if IN_WORDS else 1
+    PRODUCTS: tl.constexpr = 2 if IN_PAIRS else 1
     slot = chunk // PARTS
     i = chunk % PARTS * (BLOCK_I // SCALE) + tl.arange(0, BLOCK_I // SCALE)
     own_ptr = activated_ptr + slot * I
@@ -298,8 +300,10 @@ def _down_products(
         if tile.dtype != activated_ptr.dtype.element_ty:  # of other sizes, and so in other threads
             i, mask = tl.broadcast_to(i, tile.shape), tl.broadcast_to(mask, tile.shape)
         activated = tl.load(own_ptr + i, mask=mask, other=0.0)
-        products = tile.to(tl.float32) * activated.to(tl.float32)
-    return _sum_in_threads(products, VECTOR // SCALE)
+        products = tile.to(tl.float32) * activated.to(tl.float32)  # of 16 bits exact, so a fused one is no other
+        if IN_PAIRS:
+            products = _sum_in_threads(products, 2)
+    return _sum_in_threads(products, VECTOR // PRODUCTS)
 
 
 @triton.jit
@@ -320,7 +324,7 @@ def _down(
     down_ptr, scale_ptr, activated_ptr, slots_ptr, out_ptr, tiles, row, polls_left, factor, T: tl.constexpr,
     S: tl.constexpr, H: tl.constexpr, I: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     AHEAD: tl.constexpr, PARTS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_S: tl.constexpr,
-    IN_WORDS: tl.constexpr,
+    IN_PAIRS: tl.constexpr, IN_WORDS: tl.constexpr,
 ):  # fmt: skip
     """out[t, row] = sum of weight * (down[expert of s, row] activated[s]) over the slots s of token t.
 
@@ -340,7 +344,8 @@ def _down(
                                   IN_WORDS)  # fmt: skip
                 chunk = first + j
                 slot = chunk // PARTS
-                products = _down_products(tiles[0], activated_ptr, chunk, S, I, PARTS, BLOCK_I, VECTOR, IN_WORDS)
+                products = _down_products(tiles[0], activated_ptr, chunk, S, I, PARTS, BLOCK_I, VECTOR, IN_PAIRS,
+                                          IN_WORDS)  # fmt: skip
                 if SCALE != "none":
                     id = tl.load(slots_ptr + slot, mask=slot < S, other=0).to(tl.int64)
                     own_scale_ptr = scale_ptr + id * num_scales(H, I, SCALE)
@@ -364,7 +369,7 @@ def decode_few_kernel(
     GATE_UP_VECTOR: tl.constexpr, WIDTH: tl.constexpr, DOWN_ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     AHEAD: tl.constexpr, PARTS: tl.constexpr, VECTOR: tl.constexpr, SELECT_ROWS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
-    ROUTER_VECTOR: tl.constexpr, IN_WORDS: tl.constexpr,
+    ROUTER_VECTOR: tl.constexpr, IN_PAIRS: tl.constexpr, IN_WORDS: tl.constexpr,
 ):  # fmt: skip
     S: tl.constexpr = T * K
     program, num_programs = tl.program_id(0), tl.num_programs(0)
@@ -386,7 +391,7 @@ def decode_few_kernel(
         tiles = tiles + (_load_down(down_ptr, slots_ptr, chunk, row, H, S, H, I, PARTS, BLOCK_I, IN_WORDS),)
     polls_left = wait_again(counters_ptr + DONE * LINE, launches, num_programs, polls_left)
     _down(down_ptr, down_scale_ptr, activated_ptr, slots_ptr, out_ptr, tiles, row, polls_left, factor, T, S, H, I,
-          DOWN_SCALE, DOWN_ROWS, BLOCKS, AHEAD, PARTS, VECTOR, BLOCK_I, BLOCK_S, IN_WORDS)  # fmt: skip
+          DOWN_SCALE, DOWN_ROWS, BLOCKS, AHEAD, PARTS, VECTOR, BLOCK_I, BLOCK_S, IN_PAIRS, IN_WORDS)  # fmt: skip
     if polls_left <= 0:
         tl.store(counters_ptr + FLAG * LINE, 1)
     if program == 0:
@@ -522,6 +527,7 @@ def _constants(layer: MoELayer, T: int, num_programs: int, itemsize: int, config
         "WIDTH": width,
         "BLOCK_H": min(ROW_NBYTES // itemsize, next_power_of_2(max(16, H))),
         "BLOCK_I": block_i,
+        "IN_PAIRS": down_itemsize == 2 and I % 2 == 0,
     }  # fmt: skip
     # What is held in registers across a wait takes one for each 16 bits, but in words.
-    return [constants | {"IN_WORDS": False}, constants | {"IN_WORDS": down_itemsize == 2 and I % 2 == 0}]
+    return [constants | {"IN_WORDS": in_words} for in_words in (False, constants["IN_PAIRS"])]
