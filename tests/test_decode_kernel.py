@@ -33,6 +33,7 @@ from flash_moe._activations import ACTIVATIONS
 from flash_moe._moe_layer import NoRoomError, Routing
 from flash_moe.ops import flash_decode as module
 from flash_moe.schedule.policies import POLICIES
+from flash_moe.schedule.tasks import Kind
 from flash_moe.schedule.trace import Trace
 from flash_moe.testing import make_decode_inputs, poison_memory
 
@@ -45,6 +46,7 @@ from flash_moe.bench.timing import count_launches
 from flash_moe.ops._triton import decode as kernel
 from flash_moe.ops._triton import decode_config, decode_few, relaunch
 from flash_moe.ops._triton import scratch as scratch_module
+from flash_moe.ops._triton.decode_actor import in_turn
 from flash_moe.ops._triton.decode_kernel import ALL_SELECTED, LINE
 
 every_policy = pytest.mark.parametrize("policy", POLICIES)
@@ -89,6 +91,14 @@ def scratch_of(x, layer, policy="queue"):
     prepared = prepared_for(x, layer, policy)
     (own,) = prepared._own_of_stream.values()
     return own.state, own.buffers
+
+
+def configure(monkeypatch, **changes):
+    """Programs of another ``Config`` from here on."""
+    original = kernel.config_of
+    monkeypatch.setattr(kernel, "config_of", lambda *sizes: original(*sizes)._replace(**changes))
+    kernel._prepared.clear()
+    module._repeatable.clear()
 
 
 def run_kernel(x, layer, policy="queue", **options):
@@ -242,6 +252,27 @@ def test_giving_up_is_told_under_debug(policy, device, monkeypatch):
         run_kernel(x, layer, policy)
     assert_unused(state)
     assert torch.equal(run_kernel(x, layer, policy)[0], want)
+
+
+@triton.jit
+def _ring(is_free_ptr, order_ptr, last, num_free_ptr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    num_free, nth = in_turn(tl.load(is_free_ptr + lane) != 0, lane, last)
+    tl.store(order_ptr + lane, nth)
+    tl.store(num_free_ptr, num_free)
+
+
+@pytest.mark.parametrize("last", [-1, 0, 2, 4, 6, 7])
+def test_free_workers_are_rung_in_turn(last, device):
+    """Round from the one after whom was rung last, who comes last himself."""
+    is_free = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0], dtype=torch.int32, device=device)
+    found, num_free = torch.empty_like(is_free), torch.empty_like(is_free[:1])
+    _ring[(1,)](is_free, found, last, num_free, 8)
+    workers = [1, 3, 4, 6]
+    assert num_free.item() == len(workers)
+    in_order = sorted(workers, key=lambda worker: found[worker].item())
+    assert in_order == [w for w in workers if w > last] + [w for w in workers if w <= last]
+    assert sorted(found[workers].tolist()) == [0, 1, 2, 3]
 
 
 # A call like an earlier one goes past the checks and the dispatcher
@@ -765,6 +796,22 @@ def test_trace(T, policy, device):
         by_program[span.program].append((span.start_ns, span.end_ns))
     for spans in map(sorted, by_program):
         assert all(before[1] <= after[0] for before, after in pairwise(spans))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("schedulers", [1, 4])
+def test_orders_go_round(schedulers, device, monkeypatch):
+    """One at a time: none of the tasks that come first goes to a worker who has had one, however free he is again."""
+    configure(monkeypatch, schedulers=schedulers, batch=1)
+    x, layer = qwen3(1, torch.bfloat16, device)
+    trace = Trace()
+    for _ in range(2):
+        run_kernel(x, layer, "actor", trace=trace)
+    routes = [span.program for span in trace.tasks if span.kind == "route"]
+    num_tasks = sum(task.kind is Kind.ROUTE for task in prepared_for(x, layer, "actor", is_traced=True).schedule.tasks)
+    assert len(routes) == num_tasks < trace.num_programs - schedulers
+    assert len(set(routes)) == num_tasks
+    assert min(routes) >= schedulers
 
 
 @pytest.mark.gpu
