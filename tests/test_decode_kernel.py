@@ -5,7 +5,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -44,7 +44,7 @@ from triton.language.extra.cuda import globaltimer
 
 from flash_moe.bench.timing import count_launches
 from flash_moe.ops._triton import decode as kernel
-from flash_moe.ops._triton import decode_config, decode_few, relaunch
+from flash_moe.ops._triton import decode_config, decode_few, decode_records, decode_trace, relaunch
 from flash_moe.ops._triton import scratch as scratch_module
 from flash_moe.ops._triton.decode_actor import in_turn
 from flash_moe.ops._triton.decode_kernel import ALL_SELECTED, LINE
@@ -273,6 +273,36 @@ def test_free_workers_are_rung_in_turn(last, device):
     in_order = sorted(workers, key=lambda worker: found[worker].item())
     assert in_order == [w for w in workers if w > last] + [w for w in workers if w <= last]
     assert sorted(found[workers].tolist()) == [0, 1, 2, 3]
+
+
+@pytest.fixture
+def timer(device, monkeypatch):
+    """For the interpreter, which has no GPU's timer: one that counts how often it is read, in steps of 32 ns."""
+    reads = count(1)
+    if device.type == "cpu":
+        monkeypatch.setattr(decode_records, "globaltimer", lambda: tl.full([1], 32 * next(reads), tl.int64).sum())
+
+
+def test_records_that_do_not_fit_are_counted(timer, device, monkeypatch):
+    x, layer = small(device=device)
+    whole, part = Trace(), Trace()
+    want, logits = kernel.decode_traced(x, layer, "static", whole)
+    schedule, hits = prepared_for(x, layer, "static", is_traced=True).schedule, len(logits.topk(2).indices.unique())
+    live = [schedule.nth_live(n, hits) for n in range(schedule.num_live(hits))]
+    assert sorted(span.index for span in whole.tasks) == sorted(live)
+    assert whole.num_lost == 0
+    per_program = [0] * whole.num_programs
+    for span in (*whole.tasks, *whole.waits):
+        per_program[span.program] += 1
+    room = max(per_program) // 2
+    for limit_of in (kernel, decode_trace):
+        monkeypatch.setattr(limit_of, "MAX_RECORDS", room + 1)
+    kernel._prepared.clear()
+    out, _ = kernel.decode_traced(x, layer, "static", part)
+    assert torch.equal(out, want)
+    assert len(part.tasks) + len(part.waits) == sum(min(found, room) for found in per_program)
+    assert part.num_lost == sum(max(0, found - room) for found in per_program) > 0
+    assert f"\n{part.num_lost} tasks and waits are missing: programs had no room" in part.summary()
 
 
 # A call like an earlier one goes past the checks and the dispatcher

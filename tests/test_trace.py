@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,6 +89,28 @@ def test_steps_of_the_clock():
     assert trace.step_ns == 1
     trace.clock = "GPU"
     assert trace.summary().splitlines()[0] == "policy static, 2 programs, GPU time in steps of 1 ns; T 1"
+
+
+@pytest.mark.parametrize("clock, scale, is_said", [("GPU", 51, True), ("GPU", 50, False), ("logical", 51, False)])
+def test_a_timer_of_coarse_steps_is_said(clock, scale, is_said):
+    trace = by_hand()
+    trace.clock = clock
+    for spans in (trace.tasks, trace.waits):
+        spans[:] = [replace(x, start_ns=x.start_ns * scale, end_ns=x.end_ns * scale) for x in spans]
+    assert trace.step_ns == 2 * scale
+    said = "the GPU's timer has steps of 102 ns, more than 100: tasks and waits that are shorter cannot be told apart"
+    assert (said in trace.summary()) == is_said
+
+
+def test_missing_records_are_said():
+    trace = by_hand()
+    assert "missing" not in trace.summary()
+    assert "missing" not in trace.to_chrome()["otherData"]
+    trace.num_lost = 7
+    assert trace.summary().splitlines()[-1] == "7 tasks and waits are missing: programs had no room to record more of them"
+    assert trace.to_chrome()["otherData"]["missing"] == 7
+    trace.begin("queue", "GPU", 2, {})
+    assert trace.num_lost == 0
 
 
 @pytest.mark.parametrize("num_programs", [2, 40, 264])
