@@ -240,16 +240,22 @@ def test_a_call_takes_nothing_from_the_one_before(T, device):
 
 
 @every_policy
-def test_giving_up_is_told_under_debug(policy, device, monkeypatch):
-    """A counter that starts too low is never reached: the call ends all the same, and the next one is right."""
+def test_giving_up_is_told(policy, device, monkeypatch):
+    """By NaN, and under debug by an error. A counter that starts too low is never reached; the next call is right."""
     monkeypatch.setattr(kernel, "MAX_POLLS", 3 if device.type == "cpu" else 2000)
-    x, layer = make_decode_inputs(1, 16, 8, 6, Routing(2), torch.float32, device)
+    x, layer = make_decode_inputs(2, 16, 8, 6, Routing(2), torch.bfloat16, device)
     want, _ = run_kernel(x, layer, policy)
     state, _ = scratch_of(x, layer, policy)
+
+    def give_up():
+        state.counters[ALL_SELECTED.value * LINE.value] = -5
+        return run_kernel(x, layer, policy)[0]
+
+    assert give_up().isnan().all()
+    assert torch.equal(run_kernel(x, layer, policy)[0], want)  # though nobody has taken the flag down
     monkeypatch.setenv("FLASH_MOE_DEBUG", "1")
-    state.counters[ALL_SELECTED.value * LINE.value] = -5
     with pytest.raises(RuntimeError, match=r"one gave up, so the output of this call, .* is wrong"):
-        run_kernel(x, layer, policy)
+        give_up()
     assert_unused(state)
     assert torch.equal(run_kernel(x, layer, policy)[0], want)
 
