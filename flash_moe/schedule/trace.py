@@ -154,8 +154,8 @@ class Trace:
         found = []
         if self.clock == "GPU" and self.step_ns > COARSEST_STEP_NS:
             found.append(
-                f"the GPU's timer has steps of {self.step_ns} ns, more than {COARSEST_STEP_NS}: tasks and waits that are "
-                "shorter cannot be told apart, nor which of them came first"
+                f"the GPU's timer has steps of {self.step_ns} ns, more than {COARSEST_STEP_NS}: tasks and waits that "
+                "are shorter cannot be told apart, nor which of them came first"
             )
         if self.num_lost > 0:
             found.append(f"{self.num_lost} tasks and waits are missing: programs had no room to record more of them")

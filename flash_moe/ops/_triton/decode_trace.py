@@ -1,7 +1,7 @@
 """What every program of one launch did: the kernel's own records, read back and put in words.
 
-A record is three int64: a task's place in the table, or a wait; when it began and ended on the GPU's global timer. Before
-a program's records is one that has their number and no times.
+A record is three int64: a task's place in the table, or a wait; when it began and ended on the GPU's global timer. The
+first of a program has the number of the others, and no times.
 """
 
 import torch
