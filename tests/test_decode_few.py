@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_decode import DTYPES, ROUTINGS, assert_right, describe, every_dtype, run, with_bias
 
-from flash_moe._moe_layer import MoELayer, Routing
+from flash_moe._moe_layer import MoELayer, NoRoomError, Routing
 from flash_moe.ops import flash_decode as module
 from flash_moe.schedule.policies import POLICIES
 from flash_moe.testing import make_decode_inputs, poison_memory
@@ -231,6 +231,33 @@ def test_no_room(prepared, device, monkeypatch):
     for _ in range(2):
         assert torch.equal(run(x, layer, backend="triton"), want)
     assert not any(isinstance(each, FewTokens) for each in prepared.values())
+
+
+class Crowded(Config):
+    """As many registers a program as ever, for ten times the programs that this leaves room for."""
+
+    @property
+    def max_registers(self):
+        return Config().max_registers
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_room(prepared, device, monkeypatch):
+    """It refuses the launch: the schedule's kernel is launched; where that has no room either it is told, or auto's."""
+    x, layer = inputs(2, 256, 128, 8, Routing(3), torch.bfloat16, device)
+    monkeypatch.setattr(decode_few, "config_of", lambda T, layer: Crowded(programs=40))
+    with pytest.raises(RuntimeError, match="cooperative"):
+        FewTokens(x, layer)((x, *layer.tensors), None, torch.empty_like(x))
+    want = run(x, layer, backend="triton", policy="static")
+    for _ in range(2):
+        assert torch.equal(run(x, layer, backend="triton"), want)
+    assert not any(isinstance(each, FewTokens) for each in prepared.values())
+    prepared.clear()
+    module._repeatable.clear()
+    monkeypatch.setattr(decode, "_num_programs", lambda device, config: 5000)
+    with pytest.raises(NoRoomError, match="expected room for a program a multiprocessor"):
+        run(x, layer, backend="triton")
+    assert torch.equal(run(x, layer), run(x, layer, backend="torch"))
 
 
 def test_other_errors_are_not_swallowed(device, monkeypatch):

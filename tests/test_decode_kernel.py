@@ -32,6 +32,7 @@ from flash_moe import flash_decode
 from flash_moe._activations import ACTIVATIONS
 from flash_moe._moe_layer import NoRoomError, Routing
 from flash_moe.ops import flash_decode as module
+from flash_moe.ops._reference.decode import decode_routing_reference
 from flash_moe.schedule.policies import POLICIES
 from flash_moe.schedule.tasks import Kind
 from flash_moe.schedule.trace import Trace
@@ -293,7 +294,8 @@ def test_records_that_do_not_fit_are_counted(timer, device, monkeypatch):
     x, layer = small(device=device)
     whole, part = Trace(), Trace()
     want, logits = kernel.decode_traced(x, layer, "static", whole)
-    schedule, hits = prepared_for(x, layer, "static", is_traced=True).schedule, len(logits.topk(2).indices.unique())
+    schedule = prepared_for(x, layer, "static", is_traced=True).schedule
+    hits = len(decode_routing_reference(logits, layer.routing)[1].unique())
     live = [schedule.nth_live(n, hits) for n in range(schedule.num_live(hits))]
     assert sorted(span.index for span in whole.tasks) == sorted(live)
     assert whole.num_lost == 0
@@ -586,6 +588,53 @@ def test_full_size(dtype, scale, policy, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    "H, I, E, routing, Is",
+    [
+        (4096, 14336, 8, Routing(2), 0),
+        (2048, 1024, 64, Routing(8, norm_topk_prob=False), 0),
+        (2560, 2048, 256, Routing(8, True, "sigmoid", "bias", 8, 4, 2.5), 2048),
+        (2560, 2048, 256, Routing(8, True, "sigmoid", "bias"), 2048),
+    ],
+    ids=["mixtral", "olmoe", "deepseek-style", "deepseek-style, no groups"],
+)
+def test_other_models(H, I, E, routing, Is, device):
+    """Few experts, which tokens share, and many, of which few do. The gate and up rows of 256 are over 2^31 numbers."""
+    routing = with_bias(routing, E, device)
+    many, layer = make_decode_inputs(128, H, I, E, routing, torch.bfloat16, device, shared_intermediate_size=Is)
+    for T in (8, 17, 128):
+        x = many[:T].contiguous()
+        assert_right(x, layer, run_kernel)
+        want, _ = run_kernel(x, layer)
+        assert all(torch.equal(run_kernel(x, layer, policy)[0], want) for policy in POLICIES), f"T {T}"
+    if (H, E) == (4096, 8):  # experts too large for tokens to share in the kernel for few
+        x = many[:2].contiguous()
+        assert_right(x, layer, partial(run_kernel, policy="auto"))
+        assert isinstance(prepared_for(x, layer, "auto"), kernel.Prepared)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("schedulers, batch", [(1, 1), (2, 1), (4, 1), (4, 2**20)])
+@pytest.mark.parametrize("T", [1, 17])
+def test_schedulers_and_how_much_they_hand_out_at_once(T, schedulers, batch, device, monkeypatch):
+    """The same bits, and nothing left of a call: one of them finds less to do than another."""
+    x, layer = make_decode_inputs(T, 264, 136, 40, Routing(3), torch.bfloat16, device, shared_intermediate_size=72)
+    want, _ = run_kernel(x, layer, "static")
+    configure(monkeypatch, schedulers=schedulers, batch=batch)
+    different = sum((run_kernel(x, layer, "actor")[0] != want).any() for _ in range(50))
+    assert not different
+    torch.cuda.synchronize()
+    assert prepared_for(x, layer, "actor").config[-2:] == (schedulers, batch)
+    state, _ = scratch_of(x, layer, "actor")
+    assert_unused(state)
+    graph, (out,) = capture(x, layer, "actor", 1)
+    for _ in range(5):
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, want)
+
+
+@pytest.mark.gpu
 def test_auto_takes_the_kernel_where_it_can(device):
     for T, E, backend in ((1, 6, "triton"), (128, 6, "triton"), (129, 6, "torch"), (1, 1025, "torch")):
         x, layer = make_decode_inputs(T, 64, 48, E, Routing(2), torch.bfloat16, device)
@@ -767,6 +816,32 @@ def test_a_partly_filled_gpu(sms_left, tokens, policy, device):
         torch.cuda.synchronize()
         assert done.all()
         assert all(map(torch.equal, outs, want))
+
+
+@pytest.mark.gpu
+@auto_and_every_policy
+@pytest.mark.parametrize("sms_left", [0, 1, 20])
+def test_graphs_on_a_partly_filled_gpu(sms_left, policy, device):
+    """Two at once, which wait as calls do. One token and 17: with auto a graph of each kernel."""
+    inputs = [qwen3(T, torch.bfloat16, device, seed) for seed, T in enumerate((1, 17))]
+    want = [run_kernel(*each, policy)[0] for each in inputs]
+    captured = [capture(*each, policy, 2) for each in inputs]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    occupy(sms_left, 0.1, device)  # compiled before it matters
+    for _ in range(10):
+        for _, outs in captured:
+            for out in outs:
+                out.fill_(torch.nan)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(streams[2]):
+            done = occupy(sms_left, 4, device)
+        for stream, (graph, _) in zip(streams, captured, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        assert done.all()
+        for (_, outs), right in zip(captured, want, strict=True):
+            assert all(torch.equal(out, right) for out in outs)
 
 
 @pytest.mark.gpu
