@@ -256,7 +256,7 @@ def test_logical_time_is_near_a_gpus(policy):
     )
     measured = float(re.search(r"^([\d.]+) us,", summary, re.MULTILINE)[1])
     trace = tracing.simulate(tracing.find_sizes("qwen3-30b-a3b", 8), policy, 264, seed=0)
-    assert trace.end_ns / 1e3 == pytest.approx(measured, rel=0.05)
+    assert trace.end_ns / 1e3 == pytest.approx(measured, rel=0.1)
 
 
 def test_seed_changes_the_experts_and_nothing_else_does():
