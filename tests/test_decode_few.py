@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_decode import DTYPES, ROUTINGS, assert_right, describe, every_dtype, run, with_bias
 
-from flash_moe._moe_layer import Routing
+from flash_moe._moe_layer import MoELayer, NoRoomError, Routing
 from flash_moe.ops import flash_decode as module
 from flash_moe.schedule.policies import POLICIES
 from flash_moe.testing import make_decode_inputs, poison_memory
@@ -120,15 +120,30 @@ def test_a_nan_is_its_tokens_alone(routing, dtype, device):
     torch.testing.assert_close(out[others], want[others])  # no bits: what shares an expert is added in another order
 
 
-def test_down_rows_that_begin_off_a_word(device):
-    """As they are read in words of two elements elsewhere."""
-    x, layer = inputs(2, 24, 20, 6, Routing(2), torch.bfloat16, device)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T, I", [(1, 300), (2, 20), (2, 19)], ids=str)
+def test_down_rows_that_begin_off_a_word(T, I, dtype, device, monkeypatch):
+    """They are read in words of two elements elsewhere, and added in the same order. Rows of two chunks, and of one."""
+    monkeypatch.setattr(decode_few, "config_of", lambda T, layer: Config(4, 1, 16, 8))
+    x, layer = inputs(T, 24, I, 6, Routing(2), dtype, device)
+    assert_right(x, begin_off_a_word(layer), run_few)
+    # Products that cancel, so that another order of the others between them is another result.
+    down, large = layer.down_proj.clone(), 2.0 ** (15 if dtype is torch.float16 else 20)
+    down[..., : I // 8 * 8 : 8], down[..., 4 : I // 8 * 8 : 8] = large, -large
+    layer = layer._replace(down_proj=down, gate_up_proj=layer.gate_up_proj[:, :1].expand(-1, 2 * I, -1).contiguous())
     want, _ = run_few(x, layer)
+    out, _ = run_few(x, begin_off_a_word(layer))
+    if device.type == "cpu":
+        assert torch.equal(out, want)
+    else:  # compiled for such an address, whose lanes have other columns: the lanes' sums come in another order
+        assert (out.float() - want.float()).abs().max() <= large * I * torch.finfo(torch.float32).eps
+
+
+def begin_off_a_word(layer):
     down = layer.down_proj
-    off = torch.empty(down.numel() + 1, dtype=down.dtype, device=device)[1:].view_as(down).copy_(down)
+    off = torch.empty(down.numel() + 1, dtype=down.dtype, device=down.device)[1:].view_as(down).copy_(down)
     assert off.data_ptr() % 4
-    out, _ = run_few(x, layer._replace(down_proj=off))
-    torch.testing.assert_close(out, want)
+    return layer._replace(down_proj=off)
 
 
 def test_tensors_that_are_not_contiguous(device):
@@ -167,6 +182,42 @@ def test_what_it_takes(device):
         assert not takes_few(*make_decode_inputs(T, H, I, E, Routing(K), torch.bfloat16, device))
 
 
+@pytest.mark.parametrize(
+    "H, I, E, K, dtype, taken",
+    [
+        (2048, 768, 128, 8, torch.bfloat16, (1, 2, 6)),
+        (2048, 768, 128, 8, torch.float32, (1, 2, 6)),
+        (2048, 1024, 64, 8, torch.bfloat16, (1, 2, 6)),
+        (2048, 1024, 64, 8, torch.float32, (1, 2, 6)),
+        (4096, 14336, 8, 2, torch.bfloat16, (1,)),
+        (7168, 2048, 256, 8, torch.bfloat16, (1,)),
+    ],
+    ids=["qwen3", "qwen3-float32", "olmoe", "olmoe-float32", "mixtral", "deepseek-experts"],
+)
+def test_experts_that_tokens_share_are_read_once(H, I, E, K, dtype, taken, monkeypatch):
+    """Where one expert's gate and up rows are too large for L2, several tokens are the schedule's."""
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    layer = MoELayer(empty(E, H), empty(E, 2 * I, H), empty(E, H, I), Routing(K))
+    monkeypatch.setattr(decode, "FewTokens", lambda *_: "few tokens")
+    monkeypatch.setattr(decode, "_prepare_scheduled", lambda *_: "schedule")
+    for T in (1, 2, 6):
+        found = decode._prepare(empty(T, H), layer, "auto", False)
+        assert found == ("few tokens" if T in taken else "schedule"), f"T {T}"
+
+
+def test_how_large_a_shared_expert_may_be(monkeypatch):
+    monkeypatch.setattr(decode_few, "MAX_SHARED_NBYTES", 2 * 8 * 16 * 2)
+    for I, takes in ((8, True), (9, False)):
+        x, layer = make_decode_inputs(2, 16, I, 6, Routing(2), torch.bfloat16, "cpu")
+        assert takes_few(x, layer) == takes
+        assert takes_few(x[:1], layer)
+    of_float8 = make_decode_inputs(2, 16, 16, 6, Routing(2), torch.bfloat16, "cpu", scale="row")
+    assert takes_few(*of_float8)
+
+
 def test_a_policy_that_is_asked_for_is_the_schedules(prepared, device):
     x, layer = inputs(2, 24, 20, 8, Routing(3), torch.bfloat16, device)
     outs = [run(x, layer, backend="triton", policy=policy) for policy in POLICIES]
@@ -187,6 +238,33 @@ def test_no_room(prepared, device, monkeypatch):
     for _ in range(2):
         assert torch.equal(run(x, layer, backend="triton"), want)
     assert not any(isinstance(each, FewTokens) for each in prepared.values())
+
+
+class Crowded(Config):
+    """As many registers a program as ever, for ten times the programs that this leaves room for."""
+
+    @property
+    def max_registers(self):
+        return Config().max_registers
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_room(prepared, device, monkeypatch):
+    """It refuses the launch: the schedule's kernel is launched; where that has no room either it is told, or auto's."""
+    x, layer = inputs(2, 256, 128, 8, Routing(3), torch.bfloat16, device)
+    monkeypatch.setattr(decode_few, "config_of", lambda T, layer: Crowded(programs=40))
+    with pytest.raises(RuntimeError, match="cooperative"):
+        FewTokens(x, layer)((x, *layer.tensors), None, torch.empty_like(x))
+    want = run(x, layer, backend="triton", policy="static")
+    for _ in range(2):
+        assert torch.equal(run(x, layer, backend="triton"), want)
+    assert not any(isinstance(each, FewTokens) for each in prepared.values())
+    prepared.clear()
+    module._repeatable.clear()
+    monkeypatch.setattr(decode, "_num_programs", lambda device, config: 5000)
+    with pytest.raises(NoRoomError, match="expected room for a program a multiprocessor"):
+        run(x, layer, backend="triton")
+    assert torch.equal(run(x, layer), run(x, layer, backend="torch"))
 
 
 def test_other_errors_are_not_swallowed(device, monkeypatch):
@@ -279,8 +357,9 @@ def test_full_size(T, scale, dtype, device):
 @pytest.mark.parametrize(
     "H, I, E, K", [(4096, 14336, 8, 2), (2048, 1024, 64, 8), (1000, 3001, 90, 3), (7168, 2048, 96, 8)], ids=str
 )
-def test_other_models(H, I, E, K, device):
-    """The last one's weights are more than 2^31 numbers."""
+def test_other_models(H, I, E, K, device, monkeypatch):
+    """The last one's weights are more than 2^31 numbers. Right also where sharing tokens are the schedule's."""
+    monkeypatch.setattr(decode_few, "MAX_SHARED_NBYTES", 2**31)
     x, layer = inputs(3, H, I, E, Routing(K), torch.bfloat16, device)
     assert_right(x[:1], layer, run_few)
     assert_right(x, layer, run_few)

@@ -5,7 +5,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +32,9 @@ from flash_moe import flash_decode
 from flash_moe._activations import ACTIVATIONS
 from flash_moe._moe_layer import NoRoomError, Routing
 from flash_moe.ops import flash_decode as module
+from flash_moe.ops._reference.decode import decode_routing_reference
 from flash_moe.schedule.policies import POLICIES
+from flash_moe.schedule.tasks import Kind
 from flash_moe.schedule.trace import Trace
 from flash_moe.testing import make_decode_inputs, poison_memory
 
@@ -43,8 +45,9 @@ from triton.language.extra.cuda import globaltimer
 
 from flash_moe.bench.timing import count_launches
 from flash_moe.ops._triton import decode as kernel
-from flash_moe.ops._triton import decode_config, decode_few, relaunch
+from flash_moe.ops._triton import decode_config, decode_few, decode_records, decode_trace, relaunch
 from flash_moe.ops._triton import scratch as scratch_module
+from flash_moe.ops._triton.decode_actor import in_turn
 from flash_moe.ops._triton.decode_kernel import ALL_SELECTED, LINE
 
 every_policy = pytest.mark.parametrize("policy", POLICIES)
@@ -89,6 +92,14 @@ def scratch_of(x, layer, policy="queue"):
     prepared = prepared_for(x, layer, policy)
     (own,) = prepared._own_of_stream.values()
     return own.state, own.buffers
+
+
+def configure(monkeypatch, **changes):
+    """Programs of another ``Config`` from here on."""
+    original = kernel.config_of
+    monkeypatch.setattr(kernel, "config_of", lambda *sizes: original(*sizes)._replace(**changes))
+    kernel._prepared.clear()
+    module._repeatable.clear()
 
 
 def run_kernel(x, layer, policy="queue", **options):
@@ -230,18 +241,76 @@ def test_a_call_takes_nothing_from_the_one_before(T, device):
 
 
 @every_policy
-def test_giving_up_is_told_under_debug(policy, device, monkeypatch):
-    """A counter that starts too low is never reached: the call ends all the same, and the next one is right."""
+def test_giving_up_is_told(policy, device, monkeypatch):
+    """By NaN, and under debug by an error. A counter that starts too low is never reached; the next call is right."""
     monkeypatch.setattr(kernel, "MAX_POLLS", 3 if device.type == "cpu" else 2000)
-    x, layer = make_decode_inputs(1, 16, 8, 6, Routing(2), torch.float32, device)
+    x, layer = make_decode_inputs(2, 16, 8, 6, Routing(2), torch.bfloat16, device)
     want, _ = run_kernel(x, layer, policy)
     state, _ = scratch_of(x, layer, policy)
+
+    def give_up():
+        state.counters[ALL_SELECTED.value * LINE.value] = -5
+        return run_kernel(x, layer, policy)[0]
+
+    assert give_up().isnan().all()
+    assert torch.equal(run_kernel(x, layer, policy)[0], want)  # though nobody has taken the flag down
     monkeypatch.setenv("FLASH_MOE_DEBUG", "1")
-    state.counters[ALL_SELECTED.value * LINE.value] = -5
     with pytest.raises(RuntimeError, match=r"one gave up, so the output of this call, .* is wrong"):
-        run_kernel(x, layer, policy)
+        give_up()
     assert_unused(state)
     assert torch.equal(run_kernel(x, layer, policy)[0], want)
+
+
+@triton.jit
+def _ring(is_free_ptr, order_ptr, last, num_free_ptr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    num_free, nth = in_turn(tl.load(is_free_ptr + lane) != 0, lane, last)
+    tl.store(order_ptr + lane, nth)
+    tl.store(num_free_ptr, num_free)
+
+
+@pytest.mark.parametrize("last", [-1, 0, 2, 4, 6, 7])
+def test_free_workers_are_rung_in_turn(last, device):
+    """Round from the one after whom was rung last, who comes last himself."""
+    is_free = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0], dtype=torch.int32, device=device)
+    found, num_free = torch.empty_like(is_free), torch.empty_like(is_free[:1])
+    _ring[(1,)](is_free, found, last, num_free, 8)
+    workers = [1, 3, 4, 6]
+    assert num_free.item() == len(workers)
+    in_order = sorted(workers, key=lambda worker: found[worker].item())
+    assert in_order == [w for w in workers if w > last] + [w for w in workers if w <= last]
+    assert sorted(found[workers].tolist()) == [0, 1, 2, 3]
+
+
+@pytest.fixture
+def timer(device, monkeypatch):
+    """For the interpreter, which has no GPU's timer: one that counts how often it is read, in steps of 32 ns."""
+    reads = count(1)
+    if device.type == "cpu":
+        monkeypatch.setattr(decode_records, "globaltimer", lambda: tl.full([1], 32 * next(reads), tl.int64).sum())
+
+
+def test_records_that_do_not_fit_are_counted(timer, device, monkeypatch):
+    x, layer = small(device=device)
+    whole, part = Trace(), Trace()
+    want, logits = kernel.decode_traced(x, layer, "static", whole)
+    schedule = prepared_for(x, layer, "static", is_traced=True).schedule
+    hits = len(decode_routing_reference(logits, layer.routing)[1].unique())
+    live = [schedule.nth_live(n, hits) for n in range(schedule.num_live(hits))]
+    assert sorted(span.index for span in whole.tasks) == sorted(live)
+    assert whole.num_lost == 0
+    per_program = [0] * whole.num_programs
+    for span in (*whole.tasks, *whole.waits):
+        per_program[span.program] += 1
+    room = max(per_program) // 2
+    for limit_of in (kernel, decode_trace):
+        monkeypatch.setattr(limit_of, "MAX_RECORDS", room + 1)
+    kernel._prepared.clear()
+    out, _ = kernel.decode_traced(x, layer, "static", part)
+    assert torch.equal(out, want)
+    assert len(part.tasks) + len(part.waits) == sum(min(found, room) for found in per_program)
+    assert part.num_lost == sum(max(0, found - room) for found in per_program) > 0
+    assert f"\n{part.num_lost} tasks and waits are missing: programs had no room" in part.summary()
 
 
 # A call like an earlier one goes past the checks and the dispatcher
@@ -519,6 +588,53 @@ def test_full_size(dtype, scale, policy, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    "H, I, E, routing, Is",
+    [
+        (4096, 14336, 8, Routing(2), 0),
+        (2048, 1024, 64, Routing(8, norm_topk_prob=False), 0),
+        (2560, 2048, 256, Routing(8, True, "sigmoid", "bias", 8, 4, 2.5), 2048),
+        (2560, 2048, 256, Routing(8, True, "sigmoid", "bias"), 2048),
+    ],
+    ids=["mixtral", "olmoe", "deepseek-style", "deepseek-style, no groups"],
+)
+def test_other_models(H, I, E, routing, Is, device):
+    """Few experts, which tokens share, and many, of which few do. The gate and up rows of 256 are over 2^31 numbers."""
+    routing = with_bias(routing, E, device)
+    many, layer = make_decode_inputs(128, H, I, E, routing, torch.bfloat16, device, shared_intermediate_size=Is)
+    for T in (8, 17, 128):
+        x = many[:T].contiguous()
+        assert_right(x, layer, run_kernel)
+        want, _ = run_kernel(x, layer)
+        assert all(torch.equal(run_kernel(x, layer, policy)[0], want) for policy in POLICIES), f"T {T}"
+    if (H, E) == (4096, 8):  # experts too large for tokens to share in the kernel for few
+        x = many[:2].contiguous()
+        assert_right(x, layer, partial(run_kernel, policy="auto"))
+        assert isinstance(prepared_for(x, layer, "auto"), kernel.Prepared)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("schedulers, batch", [(1, 1), (2, 1), (4, 1), (4, 2**20)])
+@pytest.mark.parametrize("T", [1, 17])
+def test_schedulers_and_how_much_they_hand_out_at_once(T, schedulers, batch, device, monkeypatch):
+    """The same bits, and nothing left of a call: one of them finds less to do than another."""
+    x, layer = make_decode_inputs(T, 264, 136, 40, Routing(3), torch.bfloat16, device, shared_intermediate_size=72)
+    want, _ = run_kernel(x, layer, "static")
+    configure(monkeypatch, schedulers=schedulers, batch=batch)
+    different = sum((run_kernel(x, layer, "actor")[0] != want).any() for _ in range(50))
+    assert not different
+    torch.cuda.synchronize()
+    assert prepared_for(x, layer, "actor").config[-2:] == (schedulers, batch)
+    state, _ = scratch_of(x, layer, "actor")
+    assert_unused(state)
+    graph, (out,) = capture(x, layer, "actor", 1)
+    for _ in range(5):
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, want)
+
+
+@pytest.mark.gpu
 def test_auto_takes_the_kernel_where_it_can(device):
     for T, E, backend in ((1, 6, "triton"), (128, 6, "triton"), (129, 6, "torch"), (1, 1025, "torch")):
         x, layer = make_decode_inputs(T, 64, 48, E, Routing(2), torch.bfloat16, device)
@@ -730,6 +846,32 @@ def test_a_partly_filled_gpu(sms_left, tokens, policy, device):
 
 
 @pytest.mark.gpu
+@auto_and_every_policy
+@pytest.mark.parametrize("sms_left", [0, 1, 20])
+def test_graphs_on_a_partly_filled_gpu(sms_left, policy, device):
+    """Two at once, which wait as calls do. One token and 17: with auto a graph of each kernel."""
+    inputs = [qwen3(T, torch.bfloat16, device, seed) for seed, T in enumerate((1, 17))]
+    want = [run_kernel(*each, policy)[0] for each in inputs]
+    captured = [capture(*each, policy, 2) for each in inputs]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    occupy(sms_left, 0.1, device)  # compiled before it matters
+    for _ in range(10):
+        for _, outs in captured:
+            for out in outs:
+                out.fill_(torch.nan)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(streams[2]):
+            done = occupy(sms_left, 4, device)
+        for stream, (graph, _) in zip(streams, captured, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        assert done.all()
+        for (_, outs), right in zip(captured, want, strict=True):
+            assert all(torch.equal(out, right) for out in outs)
+
+
+@pytest.mark.gpu
 @every_policy
 def test_fewer_programs_where_there_is_no_room_for_all(policy, device, monkeypatch):
     x, layer = make_decode_inputs(5, 64, 48, 6, Routing(2), torch.bfloat16, device)
@@ -792,6 +934,22 @@ def test_trace(T, policy, device):
         by_program[span.program].append((span.start_ns, span.end_ns))
     for spans in map(sorted, by_program):
         assert all(before[1] <= after[0] for before, after in pairwise(spans))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("schedulers", [1, 4])
+def test_orders_go_round(schedulers, device, monkeypatch):
+    """One at a time: none of the tasks that come first goes to a worker who has had one, however free he is again."""
+    configure(monkeypatch, schedulers=schedulers, batch=1)
+    x, layer = qwen3(1, torch.bfloat16, device)
+    trace = Trace()
+    for _ in range(2):
+        run_kernel(x, layer, "actor", trace=trace)
+    routes = [span.program for span in trace.tasks if span.kind == "route"]
+    num_tasks = sum(task.kind is Kind.ROUTE for task in prepared_for(x, layer, "actor", is_traced=True).schedule.tasks)
+    assert len(routes) == num_tasks < trace.num_programs - schedulers
+    assert len(set(routes)) == num_tasks
+    assert min(routes) >= schedulers
 
 
 @pytest.mark.gpu

@@ -4,6 +4,8 @@ import itertools
 import json
 import re
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from flash_moe.schedule.trace import TaskSpan, Trace, WaitSpan
 from flash_moe.testing import decode_arguments, make_decode_inputs
 
 SIZES = "64x32x16x4"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
 def by_hand():
@@ -88,6 +91,30 @@ def test_steps_of_the_clock():
     assert trace.step_ns == 1
     trace.clock = "GPU"
     assert trace.summary().splitlines()[0] == "policy static, 2 programs, GPU time in steps of 1 ns; T 1"
+
+
+@pytest.mark.parametrize("clock, scale, is_said", [("GPU", 51, True), ("GPU", 50, False), ("logical", 51, False)])
+def test_a_timer_of_coarse_steps_is_said(clock, scale, is_said):
+    trace = by_hand()
+    trace.clock = clock
+    for spans in (trace.tasks, trace.waits):
+        spans[:] = [replace(x, start_ns=x.start_ns * scale, end_ns=x.end_ns * scale) for x in spans]
+    assert trace.step_ns == 2 * scale
+    said = "the GPU's timer has steps of 102 ns, more than 100: tasks and waits that are shorter cannot be told apart"
+    assert (said in trace.summary()) == is_said
+
+
+def test_missing_records_are_said():
+    trace = by_hand()
+    assert "missing" not in trace.summary()
+    assert "missing" not in trace.to_chrome()["otherData"]
+    trace.num_lost = 7
+    assert (
+        trace.summary().splitlines()[-1] == "7 tasks and waits are missing: programs had no room to record more of them"
+    )
+    assert trace.to_chrome()["otherData"]["missing"] == 7
+    trace.begin("queue", "GPU", 2, {})
+    assert trace.num_lost == 0
 
 
 @pytest.mark.parametrize("num_programs", [2, 40, 264])
@@ -218,6 +245,18 @@ def test_models_have_their_sizes(model):
     experts = 3 * sizes.H * sizes.I * sizes.K + 3 * sizes.H * sizes.shared_intermediate_size
     assert trace.nbytes == 2 * (experts + sizes.E * sizes.H)
     assert trace.bytes_per_second < 4.27e12
+
+
+@pytest.mark.parametrize("policy", ["static", "queue"])
+def test_logical_time_is_near_a_gpus(policy):
+    """Of the committed trace of an H200; ``Rates`` says so, and what it says of the actor is none of it."""
+    summary = (IMAGES / f"decode_trace_{policy}.txt").read_text()
+    assert summary.startswith(
+        f"policy {policy}, 264 programs, GPU time in steps of 32 ns; T 8, H 2048, I 768, E 128, K 8"
+    )
+    measured = float(re.search(r"^([\d.]+) us,", summary, re.MULTILINE)[1])
+    trace = tracing.simulate(tracing.find_sizes("qwen3-30b-a3b", 8), policy, 264, seed=0)
+    assert trace.end_ns / 1e3 == pytest.approx(measured, rel=0.1)
 
 
 def test_seed_changes_the_experts_and_nothing_else_does():

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 LONGEST_WAITS = 5
+# Of a clock: an H200's global timer has 32. Tasks are a microsecond long, and waits shorter.
+COARSEST_STEP_NS = 100
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,15 @@ class Trace:
     sizes: dict[str, int] = field(default_factory=dict)
     tasks: list[TaskSpan] = field(default_factory=list)
     waits: list[WaitSpan] = field(default_factory=list)
+    num_lost: int = 0
+    """Tasks and waits of a GPU's call that there was no room to record."""
 
     def begin(self, policy: str, clock: str, num_programs: int, sizes: dict[str, int]) -> None:
         """Forget the last call."""
         self.policy, self.clock, self.num_programs, self.sizes = policy, clock, num_programs, sizes
         self.tasks.clear()
         self.waits.clear()
+        self.num_lost = 0
 
     @property
     def end_ns(self) -> int:
@@ -142,7 +147,19 @@ class Trace:
         for wait in self.longest_waits():
             where = f"program {wait.program} from {wait.start_ns / 1e3:.2f} us"
             lines.append(f"  {wait.ns / 1e3:.2f} us for {wait.what}: {where}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._reservations()])
+
+    def _reservations(self) -> list[str]:
+        """Why the rest of the summary may not be all there is to see."""
+        found = []
+        if self.clock == "GPU" and self.step_ns > COARSEST_STEP_NS:
+            found.append(
+                f"the GPU's timer has steps of {self.step_ns} ns, more than {COARSEST_STEP_NS}: tasks and waits that "
+                "are shorter cannot be told apart, nor which of them came first"
+            )
+        if self.num_lost > 0:
+            found.append(f"{self.num_lost} tasks and waits are missing: programs had no room to record more of them")
+        return found
 
     def to_chrome(self) -> dict[str, Any]:
         """The trace event format: a thread a program, an event a task and a wait; times in microseconds."""
@@ -153,6 +170,8 @@ class Trace:
         tasks = [_event(span.kind, "task", span, _details(span)) for span in self.tasks]
         waits = [_event(f"wait for {wait.what}", "wait", wait, {}) for wait in self.waits]
         other = {"policy": self.policy, "clock": self.clock, **self.sizes}
+        if self.num_lost > 0:
+            other["missing"] = self.num_lost
         return {"traceEvents": [*names, *tasks, *waits], "displayTimeUnit": "ns", "otherData": other}
 
     def write_chrome(self, path: Path) -> None:

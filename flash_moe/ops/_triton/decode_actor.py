@@ -2,7 +2,8 @@
 
 A finished task that is the last of a counter's fan-in writes the tasks that waited for it into one list. Of n
 schedulers each reads every n-th place of the list and rings the doorbells of free workers among every n-th, as many as
-it can at once (``BATCH``). An order is the task's place in the table, plus 1.
+it can at once (``BATCH``), from the one on that follows whom it has rung last. An order is the task's place in the
+table, plus 1.
 """
 
 import triton
@@ -51,6 +52,15 @@ def push_stop(ready_ptr, num_ready_ptr, SCHEDULERS: tl.constexpr):
 
 
 @triton.jit
+def in_turn(is_free, lane, last):
+    """How many there are of the free, and each one's number among them, counted round from the first after ``last``."""
+    free = is_free.to(tl.int32)
+    num_free, num_before = tl.sum(free, 0), tl.sum(tl.where(lane <= last, free, 0), 0)
+    nth = tl.cumsum(free, 0) - 1 - num_before
+    return num_free, tl.where(lane <= last, nth + num_free, nth)
+
+
+@triton.jit
 def run_scheduler(
     ready_ptr,
     doorbells_ptr,
@@ -67,7 +77,7 @@ def run_scheduler(
     """Until it reads an order to stop; gives the polls left."""
     number, lane = tl.program_id(0), tl.arange(0, BLOCK_G)
     is_mine = (lane >= SCHEDULERS) & (lane < tl.num_programs(0)) & (lane % SCHEDULERS == number)
-    head, events, is_stopped = 0, 0, False
+    head, events, last, is_stopped = 0, 0, -1, False
     while (not is_stopped) & (polls_left > 0):
         start = now(TRACE)
         busy = tl.atomic_add(busy_ptr + lane, 0, mask=is_mine, sem="acquire")
@@ -78,15 +88,15 @@ def run_scheduler(
         is_order = (place < num_places) & (orders > 0)
         available = tl.min(tl.where(is_order, BLOCK_G, lane), 0)
         is_stopped = tl.sum(((lane == 0) & (orders == STOP)).to(tl.int32), 0) > 0
-        free = is_free.to(tl.int32)
-        count = tl.minimum(tl.minimum(available, tl.sum(free, 0)), BATCH)
-        nth = tl.cumsum(free, 0) - 1
+        num_free, nth = in_turn(is_free, lane, last)
+        count = tl.minimum(tl.minimum(available, num_free), BATCH)
         is_given = is_free & (nth < count)
         order = tl.load(ready_ptr + number + (head + nth) * SCHEDULERS, mask=is_given, other=0, cache_modifier=".cg")
         tl.store(busy_ptr + lane, tl.full([BLOCK_G], 1, tl.int32), mask=is_given)
         tl.debug_barrier()  # a worker may say that it is free again as soon as it is rung
         tl.atomic_xchg(doorbells_ptr + lane * LINE, order, mask=is_given, sem="release")
         if count > 0:
+            last = tl.sum(tl.where(is_given & (nth == count - 1), lane, 0), 0)
             events = record(trace_ptr, events, max_events, DISPATCH, start, TRACE)
         head += count
         polls_left -= 1

@@ -6,7 +6,7 @@ at once. Contiguous tensors; sums in float32 and in a fixed order. Each program
     routes    takes a row of the router, if it is one of the first E, and waits for all other rows
     selects   the K experts of every token, for itself, so that nobody waits to be told, and puts all slots in the order
               of their experts: of an expert that several tokens take, its rows come from memory for the first, and from
-              the cache for the others, which follow at once
+              L2 for the others, which follow before it is full (``MAX_SHARED_NBYTES``)
     gate_up   takes tiles of ROWS gate and ROWS up rows, ``activated [S, I]``, and waits for all others' tiles
     down      takes ROWS rows of the output over all S slots: their weighted sums are its own
 
@@ -43,9 +43,15 @@ from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 from flash_moe.schedule.tasks import sizes_of
 
 # By the tokens' bytes an element. Of 16 bits, with more tokens the schedule is faster, on tensor cores. Of float32
-# eight take a third of the schedule's time, and more have not been measured.
+# one takes a sixth of the schedule's time (41.6 of 266 us), eight two sevenths (261 of 929), and more have not been
+# measured. All with the sizes of Qwen3-30B-A3B.
 MAX_TOKENS = {2: 6, 4: 8}
 MAX_SLOTS = 64
+# Of an expert's gate and up rows, where tokens may share it: so much is read before its second token asks for the same
+# row, which is to be in L2 still. Of the weights, down rows come back sooner. Measured are 6 and 12 MiB (Qwen3-30B-A3B
+# in 16 bits and in float32); the limit, a third of an H200's L2, lets OLMoE pass in both and has not been measured.
+# Beyond it is the schedule, which reads an expert once however large it is.
+MAX_SHARED_NBYTES = 2**24
 # The code goes through a token's experts, and through chunks of a gate row, without a loop.
 MAX_EXPERTS_PER_TOKEN, MAX_CHUNKS = 16, 64
 MAX_EXPERTS = 1024
@@ -276,9 +282,11 @@ def _load_down(
 @triton.jit
 def _down_products(
     tile, activated_ptr, chunk, S: tl.constexpr, I: tl.constexpr, PARTS: tl.constexpr, BLOCK_I: tl.constexpr,
-    VECTOR: tl.constexpr, IN_WORDS: tl.constexpr,
+    VECTOR: tl.constexpr, IN_PAIRS: tl.constexpr, IN_WORDS: tl.constexpr,
 ):  # fmt: skip
+    """Sums of VECTOR columns each. ``IN_PAIRS``, two that are a word elsewhere come first, and add up as those do."""
     SCALE: tl.constexpr = 2 if IN_WORDS else 1
+    PRODUCTS: tl.constexpr = 2 if IN_PAIRS else 1
     slot = chunk // PARTS
     i = chunk % PARTS * (BLOCK_I // SCALE) + tl.arange(0, BLOCK_I // SCALE)
     own_ptr = activated_ptr + slot * I
@@ -293,8 +301,10 @@ def _down_products(
         if tile.dtype != activated_ptr.dtype.element_ty:  # of other sizes, and so in other threads
             i, mask = tl.broadcast_to(i, tile.shape), tl.broadcast_to(mask, tile.shape)
         activated = tl.load(own_ptr + i, mask=mask, other=0.0)
-        products = tile.to(tl.float32) * activated.to(tl.float32)
-    return _sum_in_threads(products, VECTOR // SCALE)
+        products = tile.to(tl.float32) * activated.to(tl.float32)  # of 16 bits exact, so a fused one is no other
+        if IN_PAIRS:
+            products = _sum_in_threads(products, 2)
+    return _sum_in_threads(products, VECTOR // PRODUCTS)
 
 
 @triton.jit
@@ -315,7 +325,7 @@ def _down(
     down_ptr, scale_ptr, activated_ptr, slots_ptr, out_ptr, tiles, row, polls_left, factor, T: tl.constexpr,
     S: tl.constexpr, H: tl.constexpr, I: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     AHEAD: tl.constexpr, PARTS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_S: tl.constexpr,
-    IN_WORDS: tl.constexpr,
+    IN_PAIRS: tl.constexpr, IN_WORDS: tl.constexpr,
 ):  # fmt: skip
     """out[t, row] = sum of weight * (down[expert of s, row] activated[s]) over the slots s of token t.
 
@@ -335,7 +345,8 @@ def _down(
                                   IN_WORDS)  # fmt: skip
                 chunk = first + j
                 slot = chunk // PARTS
-                products = _down_products(tiles[0], activated_ptr, chunk, S, I, PARTS, BLOCK_I, VECTOR, IN_WORDS)
+                products = _down_products(tiles[0], activated_ptr, chunk, S, I, PARTS, BLOCK_I, VECTOR, IN_PAIRS,
+                                          IN_WORDS)  # fmt: skip
                 if SCALE != "none":
                     id = tl.load(slots_ptr + slot, mask=slot < S, other=0).to(tl.int64)
                     own_scale_ptr = scale_ptr + id * num_scales(H, I, SCALE)
@@ -359,7 +370,7 @@ def decode_few_kernel(
     GATE_UP_VECTOR: tl.constexpr, WIDTH: tl.constexpr, DOWN_ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     AHEAD: tl.constexpr, PARTS: tl.constexpr, VECTOR: tl.constexpr, SELECT_ROWS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
-    ROUTER_VECTOR: tl.constexpr, IN_WORDS: tl.constexpr,
+    ROUTER_VECTOR: tl.constexpr, IN_PAIRS: tl.constexpr, IN_WORDS: tl.constexpr,
 ):  # fmt: skip
     S: tl.constexpr = T * K
     program, num_programs = tl.program_id(0), tl.num_programs(0)
@@ -381,7 +392,7 @@ def decode_few_kernel(
         tiles = tiles + (_load_down(down_ptr, slots_ptr, chunk, row, H, S, H, I, PARTS, BLOCK_I, IN_WORDS),)
     polls_left = wait_again(counters_ptr + DONE * LINE, launches, num_programs, polls_left)
     _down(down_ptr, down_scale_ptr, activated_ptr, slots_ptr, out_ptr, tiles, row, polls_left, factor, T, S, H, I,
-          DOWN_SCALE, DOWN_ROWS, BLOCKS, AHEAD, PARTS, VECTOR, BLOCK_I, BLOCK_S, IN_WORDS)  # fmt: skip
+          DOWN_SCALE, DOWN_ROWS, BLOCKS, AHEAD, PARTS, VECTOR, BLOCK_I, BLOCK_S, IN_PAIRS, IN_WORDS)  # fmt: skip
     if polls_left <= 0:
         tl.store(counters_ptr + FLAG * LINE, 1)
     if program == 0:
@@ -404,6 +415,8 @@ def takes_few(x: Tensor, layer: MoELayer) -> bool:
     if not 0 < T <= MAX_TOKENS[x.element_size()] or T * K > MAX_SLOTS or K > MAX_EXPERTS_PER_TOKEN:
         return False
     if E > MAX_EXPERTS or max(E, 2 * I) * H >= 2**31:
+        return False
+    if T > 1 and 2 * I * H * layer.gate_up_proj.element_size() > MAX_SHARED_NBYTES:
         return False
     return cdiv(H, _width(H, layer.gate_up_proj.element_size())) <= MAX_CHUNKS
 
@@ -515,6 +528,7 @@ def _constants(layer: MoELayer, T: int, num_programs: int, itemsize: int, config
         "WIDTH": width,
         "BLOCK_H": min(ROW_NBYTES // itemsize, next_power_of_2(max(16, H))),
         "BLOCK_I": block_i,
+        "IN_PAIRS": down_itemsize == 2 and I % 2 == 0,
     }  # fmt: skip
     # What is held in registers across a wait takes one for each 16 bits, but in words.
-    return [constants | {"IN_WORDS": False}, constants | {"IN_WORDS": down_itemsize == 2 and I % 2 == 0}]
+    return [constants | {"IN_WORDS": in_words} for in_words in (False, constants["IN_PAIRS"])]

@@ -26,6 +26,8 @@ IS_ROUTE, IS_SELECT, IS_GATE_UP, IS_DOWN, IS_COMBINE = (tl.constexpr(int(kind)) 
 FEW = tl.constexpr(16)
 # Of more tokens, shorter pieces: their rows take as much shared memory as the weights.
 MANY_BLOCK, MANY_STAGES = tl.constexpr(64), tl.constexpr(3)
+# What a program that has given up waiting adds to the count of those that have left, beside one: more than there are.
+GAVE_UP = tl.constexpr(2**16)
 
 
 @triton.jit
@@ -63,12 +65,16 @@ def _nth_live(n, hits, slots, num_head, num_tail, gate_up_tiles, down_tiles, lea
 @triton.jit
 def _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, num, BLOCK: tl.constexpr,
            NUM_TAKERS: tl.constexpr, BLOCK_TAKERS: tl.constexpr, ready_ptr, doorbells_ptr, busy_ptr, num_places,
-           POLICY: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
-    """Whoever leaves last zeroes what the next call counts in: all have arrived, and nobody waits any more."""
+           out_ptr, num_out, POLICY: tl.constexpr, BLOCK_G: tl.constexpr):  # fmt: skip
+    """Whoever leaves last zeroes what the next call counts in: all have arrived, and nobody waits any more.
+
+    If one has given up waiting, it is not known who went on from what was not there yet: the whole output is NaN.
+    """
     if polls_left <= 0:
         tl.store(flag_ptr, 1)
-    left = tl.atomic_add(counters_ptr + LEFT * LINE, 1, sem="acq_rel")
-    if left == tl.num_programs(0) - 1:
+    own = tl.where(polls_left <= 0, GAVE_UP + 1, 1)
+    left = tl.atomic_add(counters_ptr + LEFT * LINE, own, sem="acq_rel") + own
+    if left % GAVE_UP == tl.num_programs(0):
         counter, word, program = tl.arange(0, BLOCK), tl.arange(0, BLOCK_TAKERS), tl.arange(0, BLOCK_G)
         if POLICY == "actor":
             for first in range(0, num_places, BLOCK_G):
@@ -78,6 +84,10 @@ def _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, num, BLOCK: tl.conste
             tl.store(busy_ptr + program, tl.zeros([BLOCK_G], tl.int32), mask=is_program)
         tl.store(counters_ptr + counter * LINE, tl.zeros([BLOCK], tl.int32), mask=counter < num)
         tl.store(takers_ptr + word * TAKER_STRIDE, tl.zeros([BLOCK_TAKERS], tl.int32), mask=word < NUM_TAKERS)
+        if left >= GAVE_UP:
+            nan = tl.full([BLOCK_G], float("nan"), tl.float32).to(out_ptr.dtype.element_ty)
+            for first in range(0, num_out, BLOCK_G):
+                tl.store(out_ptr + first + program, nan, mask=first + program < num_out)
 
 
 # Numbers that differ from one number of tokens to the next, for which nothing is to be compiled anew.
@@ -200,7 +210,7 @@ def decode_kernel(
             events = record(trace_ptr, events, max_events, index, start, TRACE)
         n = following
     _leave(counters_ptr, flag_ptr, takers_ptr, polls_left, num_counters + NUM_OWN, BLOCK_COUNTERS, E, BLOCK_E,
-           ready_ptr, doorbells_ptr, busy_ptr, num_places, POLICY, BLOCK_G)  # fmt: skip
+           ready_ptr, doorbells_ptr, busy_ptr, num_places, out_ptr, T * H, POLICY, BLOCK_G)  # fmt: skip
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """What every program of one launch did: the kernel's own records, read back and put in words.
 
-A record is three int64: a task's place in the table, or a wait; when it began and ended on the GPU's global timer.
+A record is three int64: a task's place in the table, or a wait; when it began and ended on the GPU's global timer. The
+first of a program has the number of the others, and no times.
 """
 
 import torch
@@ -10,7 +11,7 @@ from flash_moe.ops._triton.decode_records import DISPATCH, DOORBELL, WORDS
 from flash_moe.schedule.decode import Schedule
 from flash_moe.schedule.trace import TaskSpan, Trace, WaitSpan
 
-# Of one program; later ones are left out.
+# Of one program, with the first, which counts them; later ones are counted only.
 MAX_RECORDS = 2048
 
 
@@ -23,6 +24,7 @@ def fill_trace(trace: Trace, records: Tensor, slots: Tensor, schedule: Schedule,
     found, experts, sizes = records.cpu(), slots.cpu(), schedule.sizes
     letters = {"T": sizes.T, "H": sizes.H, "I": sizes.I, "E": sizes.E, "K": sizes.K}
     trace.begin(policy, "GPU", schedule.num_programs, letters)
+    trace.num_lost = int((found[:, 0, 0] - (found.shape[1] - 1)).clamp(min=0).sum())
     starts = found[..., 1][found[..., 2] > 0]
     origin = int(starts.min()) if len(starts) else 0
     for program, mine in enumerate(found):
