@@ -62,7 +62,7 @@ def update_bias(router_bias: Tensor, expert_counts: Tensor, rate: float, *, acro
 
 
 def bias_in_forward(memory: Tensor, router_logits: Tensor, router_bias: Tensor) -> Tensor:
-    """``router_bias [2, N]``; in a recomputed forward, as it was when that forward ran first, though it has moved since.
+    """``router_bias [2, N]``; in a recomputed forward, as it was when that forward ran first.
 
     ``memory [MAX_WAITING, 2, 2, N]`` is ``value_in_forward``'s. A forward is known by a sum of its logits over the
     tokens, each with a weight of its own: a plain sum is zero after BatchNorm, and the same for tokens in any order.

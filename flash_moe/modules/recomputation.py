@@ -12,10 +12,10 @@ from torch import Tensor
 from flash_moe._checks import debug_enabled
 from flash_moe.ops._register import is_recomputing, register_op
 
-# Of one module's forwards, how many may wait for their backward: the micro-batches of a pipeline, or a model's depth where
+# How many forwards of one module may wait for their backward: the micro-batches of a pipeline, or a model's depth where
 # all of it is one layer.
 MAX_WAITING = 64
-# The relative distance of two keys of one forward, far above rounding and far below that of two forwards' keys, sqrt(2).
+# The relative distance of two keys of one forward: far above rounding, and far below sqrt(2), that of two forwards'.
 NEAR = 0.1
 
 
@@ -31,9 +31,9 @@ def add_once(buffer: Tensor, increment: Tensor | int) -> None:
 def value_in_forward(memory: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """``value``; in a recomputed forward, what it was when that forward ran first.
 
-    ``key``: numbers by which a recomputed forward knows itself again. ``memory [MAX_WAITING, 2, *key.shape]`` keeps keys
-    and values of the last forwards, the newest first. A compiled recomputation need not repeat its forward's bits, so the
-    nearest key is taken, and of equal ones the newest.
+    ``key``: numbers by which a recomputed forward knows itself again. ``memory [MAX_WAITING, 2, *key.shape]`` keeps
+    keys and values of the last forwards, the newest first. A compiled recomputation need not repeat its forward's bits,
+    so the nearest key is taken, and of equal ones the newest.
 
     Raises:
         RuntimeError: no key is near; on a GPU asked under ``FLASH_MOE_DEBUG=1`` alone, and never by compiled code.
@@ -62,8 +62,8 @@ def _recall(memory: Tensor, key: Tensor) -> Tensor:
 def _check_known(memory: Tensor, key: Tensor) -> None:
     if _distances(memory, key).min() > NEAR * key.abs().sum():
         raise RuntimeError(
-            f"checkpointing: expected the recomputation of one of this layer's last {len(memory)} training forwards; got "
-            f"another; at most {len(memory)} may wait for their backward, and a recomputation has to repeat its forward"
+            f"checkpointing: expected the recomputation of one of this layer's last {len(memory)} training forwards; "
+            f"got another; at most {len(memory)} may wait for their backward, and each has to be repeated as it was"
         )
 
 
