@@ -379,8 +379,9 @@ def _expert_scales(coefficients: Tensor, indices: Tensor, num_experts: int) -> T
 
     With room for K of them: a token may have chosen the expert as often.
     """
-    largest = coefficients.new_zeros(num_experts)
-    largest.scatter_reduce_(0, indices.flatten().long(), coefficients.abs().flatten(), "amax")
+    # Of float32 from 0 on the bits, as integers, are in the same order, NaN last: no atomic maximum of floating point.
+    bits = coefficients.abs().flatten().view(torch.int32)
+    largest = bits.new_zeros(num_experts).scatter_reduce_(0, indices.flatten().long(), bits, "amax").view(torch.float32)
     exponents = torch.frexp(largest).exponent.clamp(min=-100)
     return torch.ldexp(torch.ones_like(largest), 15 - (indices.shape[1] - 1).bit_length() - exponents)
 
