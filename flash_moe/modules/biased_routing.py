@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flash_moe._backend import Backend, resolve_backend
 from flash_moe.modules.rank_sums import sum_over_ranks
-from flash_moe.modules.recomputation import add_once, value_in_forward
+from flash_moe.modules.recomputation import add_once, has_own_activations, value_in_forward
 from flash_moe.ops._reference.router import weigh_scores
 from flash_moe.ops._register import is_recomputing, register_op
 from flash_moe.ops.flash_router import flash_router, with_dense_rows
@@ -67,6 +67,8 @@ def bias_in_forward(memory: Tensor, router_logits: Tensor, router_bias: Tensor) 
     ``memory [MAX_WAITING, 2, 2, N]`` is ``value_in_forward``'s. A forward is known by a sum of its logits over the
     tokens, each with a weight of its own: a plain sum is zero after BatchNorm, and the same for tokens in any order.
     """
+    if has_own_activations():
+        return router_bias
     logits = router_logits.detach().float()
     weights = torch.arange(logits.shape[1], device=logits.device, dtype=logits.dtype).cos()
     return value_in_forward(memory, torch.einsum("t,htn->hn", weights, logits).float(), router_bias)

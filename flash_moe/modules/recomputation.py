@@ -39,13 +39,12 @@ def value_in_forward(memory: Tensor, key: Tensor, value: Tensor) -> Tensor:
         RuntimeError: no key is near; on a GPU asked under ``FLASH_MOE_DEBUG=1`` alone, and never by compiled code.
     """
     if not torch.compiler.is_compiling():
-        if is_recomputing():
-            if not memory.is_cuda or debug_enabled():
-                _check_known(memory, key)
-            return _recall(memory, key)
-        if _may_be_recomputed():
+        if not is_recomputing():
             memory.copy_(_with(memory, key, value))
-        return value
+            return value
+        if not memory.is_cuda or debug_enabled():
+            _check_known(memory, key)
+        return _recall(memory, key)
     is_first = torch.ops.flash_moe.is_first_forward(memory)
     memory.copy_(torch.where(is_first, _with(memory, key, value), memory))
     return torch.where(is_first, value, _recall(memory, key))
@@ -72,9 +71,11 @@ def _distances(memory: Tensor, key: Tensor) -> Tensor:
     return (memory[:, 0] - key).abs().flatten(1).sum(1).nan_to_num(torch.inf, torch.inf)
 
 
-def _may_be_recomputed() -> bool:
-    """False where the graph of this forward has its own activations: no checkpoint is around it."""
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+def has_own_activations() -> bool:
+    """Whether this forward has a graph with its activations, so that nobody runs it again; compiled code says no."""
+    if torch.compiler.is_compiling() or is_recomputing() or not torch.is_grad_enabled():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def _is_first_forward(like: Tensor) -> Tensor:
