@@ -232,6 +232,15 @@ def test_dots_in_column_slices(dtype, device, monkeypatch):
         assert_accurate(*make_expert_inputs(3, 2 * kernels.SLICE + 37, 7, 40, dtype, device), "triton")
 
 
+def test_dots_in_slices_keep_a_number_for_each(monkeypatch):
+    kernels = pytest.importorskip("flash_moe.ops._triton.expert")
+    monkeypatch.setattr(kernels, "_slice_width", lambda table, num_pairs: kernels.SLICE)
+    monkeypatch.setattr(kernels, "launch", lambda *_, **__: None)
+    rows, table, indices = torch.zeros(3, 8192), torch.zeros(5, 8192), torch.zeros(3, 4, dtype=torch.int64)
+    partials = kernels._dots(rows, table, indices)
+    assert partials.nbytes == 128 * indices.numel()
+
+
 @both_backends
 def test_more_tokens_than_a_tile(backend, device):
     assert_accurate(*make_expert_inputs(130, 4, 6, 1, torch.float32, device), backend)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_moe.ops._reference.expert import expert_reference
 from flash_moe.testing import (
@@ -35,6 +36,19 @@ SHAPES = [
 ]
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # rows [T, H], table [E, H], coefficients [T, K], indices [T, K]
+
+
+class Watched(TorchDispatchMode):
+    """Keeps the dtypes that scattering works on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scattered: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "scatter" in func.__name__:
+            self.scattered.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 def make_inputs(T: int, H: int, E: int, K: int, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -244,3 +258,14 @@ def test_memory_is_of_the_order_of_the_pairs(device):
     nbytes = peak_nbytes(lambda: dense.dense_token_sums(coefficients, table, indices), device)
     assert nbytes <= 16 * T * K + T * E // 4 + 10 * T * H * 4
     assert peak_nbytes(lambda: dense.dense_dots(rows, table, indices), device) <= 4 * T * K + 512
+
+
+def test_scales_of_experts_are_of_their_largest_coefficient_without_floating_point_atomics(device):
+    """On a GPU to scatter is to work atomically. Zero, infinity and NaN are coefficients, too."""
+    coefficients = torch.tensor([[0.75, -3.0], [-0.0, 2.0**-120], [torch.inf, 1.0]], device=device)
+    indices = torch.tensor([[0, 0], [1, 2], [3, 5]], device=device)
+    with Watched() as watched:
+        scales = dense._expert_scales(coefficients, indices, 7)
+    assert watched.scattered == [torch.int32]
+    assert scales[[0, 1, 2, 4, 5, 6]].tolist() == [2.0**12, 2.0**14, 2.0**114, 2.0**14, 2.0**13, 2.0**14]
+    assert dense._expert_scales(coefficients.nan_to_num(torch.nan), indices, 7).isfinite().all()

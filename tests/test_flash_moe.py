@@ -659,6 +659,23 @@ def test_mask_of_ones_is_no_mask():
     assert_close(layer.state_dict(), twin.state_dict(), 1e-6)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("router_norm", NORMS)
+def test_all_padding_is_computed_with_the_same_experts(router_norm, training, monkeypatch):
+    """As documented; it counts for none of them."""
+    layer = make_layer(router_norm=router_norm, track_expert_usage=True).train(training)
+    seen = []
+    choose = layer._choose
+    monkeypatch.setattr(layer, "_choose", lambda router_logits: seen.append(choose(router_logits)) or seen[-1])
+    x, _ = make_padded_data(layer, NON_FINITE)
+    y, _ = layer(x, MASK)
+    (weights, experts), padded = seen[0], ~MASK.flatten()
+    assert (experts[padded] == experts[padded][0]).all()
+    assert weights.isfinite().all()
+    assert y[~MASK].eq(0).all()
+    assert layer.expert_counts.sum() == MASK.sum() * layer.config.num_experts_per_tok
+
+
 @pytest.mark.parametrize("router_norm", NORMS)
 def test_batch_of_nothing_but_padding(router_norm):
     losses = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.2, "track_expert_usage": True}

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_moe import FlashMoE, FlashMoEConfig
 from flash_moe.modules.biased_routing import biased_routing, update_bias
+from flash_moe.modules.recomputation import MAX_WAITING
 from flash_moe.ops.flash_router import flash_routing
 from flash_moe.testing import assert_no_worse_than
 
@@ -195,6 +196,104 @@ def test_checkpointing_routes_the_same_and_moves_the_bias_once(use_reentrant, de
     assert plain.router_bias.ne(0).any()
 
 
+def accumulate(layer, call, inputs, order, device):
+    """Forwards of all ``inputs``, then their backwards in ``order``: the gradients."""
+    layer.zero_grad()
+    losses = [(i + 1) * call(x.to(device))[0].square().mean() for i, x in enumerate(inputs)]
+    for i in order:
+        losses[i].backward()
+    return {name: parameter.grad for name, parameter in layer.named_parameters()}
+
+
+def waiting_tokens():
+    """Micro-batches; the last two are the same tokens in another order."""
+    inputs = [make_tokens(2, 25, seed=seed) for seed in (1, 2, 3)]
+    return [*inputs, inputs[-1].flip(1)]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["not reentrant", "reentrant"])
+@pytest.mark.parametrize("router_norm", ["batch", "none"])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)], ids=str)
+def test_every_recomputation_routes_as_its_own_forward(order, router_norm, use_reentrant, device):
+    """The bias moves between forwards that wait for their backward."""
+    plain, checkpointed = (make_layer(device, router_norm=router_norm) for _ in range(2))
+    inputs = [x.requires_grad_() for x in waiting_tokens()]
+    expected = accumulate(plain, plain, inputs, order, device)
+    actual = accumulate(
+        checkpointed, lambda x: checkpoint(checkpointed, x, use_reentrant=use_reentrant), inputs, order, device
+    )
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert torch.equal(checkpointed.router_bias, plain.router_bias)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_one_checkpointed_layer_at_every_depth(use_reentrant, device):
+    gradients = []
+    for is_checkpointed in (False, True):
+        layer = make_layer(device)
+        y = make_tokens(2, 25, device=device).requires_grad_()
+        for _ in range(4):
+            y = y + (checkpoint(layer, y, use_reentrant=use_reentrant) if is_checkpointed else layer(y))[0]
+        y.square().mean().backward()
+        gradients.append([parameter.grad for parameter in layer.parameters()])
+    assert all(torch.equal(actual, expected) for expected, actual in zip(*gradients, strict=True))
+
+
+def test_a_forward_that_overflowed_is_nobodys_recomputation(device):
+    plain, checkpointed = make_layer(device), make_layer(device)
+    inputs = [x.requires_grad_() for x in waiting_tokens()[:2]]
+    expected = accumulate(plain, plain, inputs, (0, 1), device)
+    with torch.no_grad():
+        checkpointed(torch.full((3, 12), torch.nan, device=device))
+        for layer in (checkpointed, plain):
+            layer.router_bias.zero_()
+            layer.router_norm.reset_running_stats()
+    actual = accumulate(
+        checkpointed, lambda x: checkpoint(checkpointed, x, use_reentrant=False), inputs, (0, 1), device
+    )
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_without_tokens_a_recomputation_finds_its_forward(device):
+    layer = make_layer(device)
+    checkpoint(layer, make_tokens(0, device=device).requires_grad_(), use_reentrant=False)[0].sum().backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_more_waiting_forwards_than_are_remembered(use_reentrant, monkeypatch, device):
+    monkeypatch.setenv("FLASH_MOE_DEBUG", "1")  # a GPU asks only then
+    layer = make_layer(device)
+    losses = []
+    for seed in range(MAX_WAITING + 1):
+        x = make_tokens(9, device=device, seed=seed).requires_grad_()
+        losses.append(checkpoint(layer, x, use_reentrant=use_reentrant)[0].sum())
+    losses[1].backward()
+    with pytest.raises(RuntimeError, match=f"at most {MAX_WAITING} may wait"):
+        losses[0].backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_checkpoint_around_a_compiled_layer_routes_as_its_own_forward(use_reentrant, device):
+    torch._dynamo.reset()
+    plain, checkpointed = make_layer(device), make_layer(device)
+    compiled = torch.compile(checkpointed, fullgraph=True, backend="aot_eager")
+    inputs = [x.requires_grad_() for x in waiting_tokens()]
+    expected = accumulate(plain, plain, inputs, (0, 1, 2, 3), device)
+    actual = accumulate(
+        checkpointed, lambda x: checkpoint(compiled, x, use_reentrant=use_reentrant), inputs, (0, 1, 2, 3), device
+    )
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(checkpointed.router_bias, plain.router_bias)
+
+
+def test_a_compiled_checkpoint_refuses_a_second_forward_before_its_backward(device):
+    torch._dynamo.reset()
+    layer = make_layer(device)
+    compiled = torch.compile(lambda x: checkpoint(layer, x, use_reentrant=False), fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        accumulate(layer, compiled, waiting_tokens()[:2], (0, 1), device)
+
+
 @pytest.mark.parametrize("where", ["around", "inside"])
 def test_compiled_with_checkpointing(where, device):
     torch._dynamo.reset()
@@ -219,7 +318,7 @@ def test_compiled_with_checkpointing(where, device):
             y.square().mean().backward()
             gradients.append([x.grad, *(parameter.grad for parameter in layer.parameters())])
         torch.testing.assert_close(gradients[1], gradients[0])
-        torch.testing.assert_close(dict(checkpointed.named_buffers()), dict(plain.named_buffers()))
+        torch.testing.assert_close(checkpointed.state_dict(), plain.state_dict())
 
 
 # State
@@ -290,6 +389,44 @@ def test_on_a_gpu_two_runs_give_the_same_bits_and_wait_for_nothing(device, monke
         layer(x)[0].sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_recomputations_in_a_graph_route_as_their_forwards_and_wait_for_nothing(use_reentrant, device):
+    plain, checkpointed = make_layer(device), make_layer(device)
+    inputs = [x.to(device).requires_grad_() for x in waiting_tokens()[:3]]
+
+    def step(layer, call):
+        return accumulate(layer, call, inputs, (0, 2, 1), device)
+
+    def call(x):
+        return checkpoint(checkpointed, x, use_reentrant=use_reentrant, preserve_rng_state=False)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(checkpointed, call)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(checkpointed, call)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(2):
+        step(plain, plain)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        actual = step(checkpointed, call)
+    for seed in (4, 5):
+        with torch.no_grad():
+            for i, x in enumerate(inputs):
+                x.copy_(make_tokens(2, 25, device=device, seed=3 * seed + i))
+        graph.replay()
+        expected = step(plain, plain)
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+        assert torch.equal(checkpointed.router_bias, plain.router_bias)
 
 
 @pytest.mark.gpu

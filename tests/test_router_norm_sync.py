@@ -77,7 +77,11 @@ def run(case, tokens, device):
             {
                 "tokens": {"y": y.detach()[kept], "dx": x.grad[kept], "router_logits": router_logits.detach()[:, kept]},
                 "gradients": {name: parameter.grad.clone() for name, parameter in layer.named_parameters()},
-                "buffers": {name: buffer.clone() for name, buffer in layer.named_buffers()},
+                "buffers": {
+                    name: buffer.clone()
+                    for name, buffer in layer.named_buffers()
+                    if name != "router_bias_in_use"  # by a rank's own tokens
+                },
             }
         )
         layer.zero_grad()

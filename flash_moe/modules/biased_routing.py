@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flash_moe._backend import Backend, resolve_backend
 from flash_moe.modules.rank_sums import sum_over_ranks
-from flash_moe.modules.recomputation import add_once
+from flash_moe.modules.recomputation import add_once, has_own_activations, value_in_forward
 from flash_moe.ops._reference.router import weigh_scores
 from flash_moe.ops._register import is_recomputing, register_op
 from flash_moe.ops.flash_router import flash_router, with_dense_rows
@@ -59,6 +59,19 @@ def update_bias(router_bias: Tensor, expert_counts: Tensor, rate: float, *, acro
         loads = sum_over_ranks(loads)
     below_mean = (loads.sum(1, keepdim=True) - N * loads).sign()  # in integers, so that an even load is exactly even
     add_once(router_bias, rate * below_mean.to(router_bias.dtype))
+
+
+def bias_in_forward(memory: Tensor, router_logits: Tensor, router_bias: Tensor) -> Tensor:
+    """``router_bias [2, N]``; in a recomputed forward, as it was when that forward ran first.
+
+    ``memory [MAX_WAITING, 2, 2, N]`` is ``value_in_forward``'s. A forward is known by a sum of its logits over the
+    tokens, each with a weight of its own: a plain sum is zero after BatchNorm, and the same for tokens in any order.
+    """
+    if has_own_activations():
+        return router_bias
+    logits = router_logits.detach().float()
+    weights = torch.arange(logits.shape[1], device=logits.device, dtype=logits.dtype).cos()
+    return value_in_forward(memory, torch.einsum("t,htn->hn", weights, logits).float(), router_bias)
 
 
 def _weigh(router_logits: Tensor, indices: Tensor, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:

@@ -24,11 +24,11 @@ from flash_moe._checks import (
     check_tensor,
     float_dtypes,
 )
-from flash_moe.modules.biased_routing import biased_routing, update_bias
+from flash_moe.modules.biased_routing import bias_in_forward, biased_routing, update_bias
 from flash_moe.modules.expert_usage import ExpertUsage, count_experts, summarize_usage
 from flash_moe.modules.quantization import QuantizedTable, check_for_inference, quantize_tables, table_scales
 from flash_moe.modules.rank_sums import spans_ranks
-from flash_moe.modules.recomputation import LossOnTheSide, add_once, copy_once
+from flash_moe.modules.recomputation import MAX_WAITING, LossOnTheSide, add_once
 from flash_moe.modules.router_losses import load_balancing_loss, router_z_loss
 from flash_moe.modules.token_batch_norm import eps_of, token_batch_norm, token_batch_norm_gate
 from flash_moe.ops._register import is_watched
@@ -150,8 +150,9 @@ class FlashMoE(nn.Module):
         self._router_loss = LossOnTheSide()
         if config.router_bias_update_rate > 0:
             self.register_buffer("router_bias", torch.zeros(2, N, dtype=torch.float32))
-            # What the last training forward chose by: a recomputation must choose the same, though the bias has moved.
-            self.register_buffer("router_bias_in_use", torch.zeros(2, N, dtype=torch.float32), persistent=False)
+            # What the last training forwards chose by: a recomputation must choose the same, though the bias has moved.
+            in_use = torch.zeros(MAX_WAITING, 2, 2, N, dtype=torch.float32)
+            self.register_buffer("router_bias_in_use", in_use, persistent=False)
         if config.track_expert_usage:
             counts = torch.zeros(config.num_experts, dtype=torch.int64)
             self.register_buffer("expert_counts", counts, persistent=False)
@@ -425,9 +426,7 @@ class FlashMoE(nn.Module):
             return flash_routing(router_logits, *sizes, **options)
         bias = cast(Tensor, self.router_bias)
         if self.training:
-            in_use = cast(Tensor, self.router_bias_in_use)
-            copy_once(in_use, bias)
-            bias = in_use
+            bias = bias_in_forward(cast(Tensor, self.router_bias_in_use), router_logits, bias)
         return biased_routing(router_logits, bias, *sizes, **options)
 
     def _account(self, router_logits: Tensor, experts: Tensor, token_mask: Tensor | None) -> Tensor | None:

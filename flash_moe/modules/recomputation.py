@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_moe._checks import debug_enabled
 from flash_moe.ops._register import is_recomputing, register_op
+
+# How many forwards of one module may wait for their backward: the micro-batches of a pipeline, or a model's depth where
+# all of it is one layer.
+MAX_WAITING = 64
+# The relative distance of two keys of one forward: far above rounding, and far below sqrt(2), that of two forwards'.
+NEAR = 0.1
 
 
 def add_once(buffer: Tensor, increment: Tensor | int) -> None:
@@ -21,12 +28,54 @@ def add_once(buffer: Tensor, increment: Tensor | int) -> None:
         buffer.add_(increment)
 
 
-def copy_once(buffer: Tensor, value: Tensor) -> None:
-    """``buffer.copy_(value)``, but not in a recomputed forward, which finds what the first one copied."""
-    if torch.compiler.is_compiling():
-        buffer.copy_(torch.where(torch.ops.flash_moe.is_first_forward(buffer), value, buffer))
-    elif not is_recomputing():
-        buffer.copy_(value)
+def value_in_forward(memory: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """``value``; in a recomputed forward, what it was when that forward ran first.
+
+    ``key``: numbers by which a recomputed forward knows itself again. ``memory [MAX_WAITING, 2, *key.shape]`` keeps
+    keys and values of the last forwards, the newest first. A compiled recomputation need not repeat its forward's bits,
+    so the nearest key is taken, and of equal ones the newest.
+
+    Raises:
+        RuntimeError: no key is near; on a GPU asked under ``FLASH_MOE_DEBUG=1`` alone, and never by compiled code.
+    """
+    if not torch.compiler.is_compiling():
+        if not is_recomputing():
+            memory.copy_(_with(memory, key, value))
+            return value
+        if not memory.is_cuda or debug_enabled():
+            _check_known(memory, key)
+        return _recall(memory, key)
+    is_first = torch.ops.flash_moe.is_first_forward(memory)
+    memory.copy_(torch.where(is_first, _with(memory, key, value), memory))
+    return torch.where(is_first, value, _recall(memory, key))
+
+
+def _with(memory: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.cat((torch.stack((key, value))[None], memory[:-1]))
+
+
+def _recall(memory: Tensor, key: Tensor) -> Tensor:
+    return memory[:, 1].index_select(0, _distances(memory, key).argmin(keepdim=True)).squeeze(0)
+
+
+def _check_known(memory: Tensor, key: Tensor) -> None:
+    if _distances(memory, key).min() > NEAR * key.abs().sum():
+        raise RuntimeError(
+            f"checkpointing: expected the recomputation of one of this layer's last {len(memory)} training forwards; "
+            f"got another; at most {len(memory)} may wait for their backward, and each has to be repeated as it was"
+        )
+
+
+def _distances(memory: Tensor, key: Tensor) -> Tensor:
+    # argmin would take a NaN, of a forward that overflowed, for the least.
+    return (memory[:, 0] - key).abs().flatten(1).sum(1).nan_to_num(torch.inf, torch.inf)
+
+
+def has_own_activations() -> bool:
+    """Whether this forward has a graph with its activations, so that nobody runs it again; compiled code says no."""
+    if torch.compiler.is_compiling() or is_recomputing() or not torch.is_grad_enabled():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def _is_first_forward(like: Tensor) -> Tensor:

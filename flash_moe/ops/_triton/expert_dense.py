@@ -30,7 +30,8 @@ from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
 GROUP = tl.constexpr(8)
 COMPRESS_BLOCK, COMPRESS_WARPS = 512, 4
-ADD_BLOCK = 1024
+# Splits are added ADD_UNROLL at a time, all of them on their way at once.
+ADD_BLOCK, ADD_UNROLL = 1024, 4
 SLOTS_ALIGNMENT = 16
 # Row blocks that take turns at one column block, so that what programs read at one time stays in L2.
 ROW_BLOCKS_IN_TURN = 8
@@ -319,12 +320,15 @@ def _expert_sums_kernel(
 
 
 @triton.jit
-def _add_splits_kernel(partials_ptr, out_ptr, numel, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _add_splits_kernel(partials_ptr, out_ptr, numel, num_splits, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+    """In order. What is loaded past the last split is 0, and the sum, which starts at 0, keeps its bits."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(NUM_SPLITS):
-        total += tl.load(partials_ptr + i, mask=i < numel, other=0.0)
-        partials_ptr += numel
+    for first in range(0, num_splits, UNROLL):
+        for split in tl.static_range(UNROLL):
+            end = tl.where(first + split < num_splits, numel, 0)
+            total += tl.load(partials_ptr + i, mask=i < end, other=0.0)
+            partials_ptr += numel
     tl.store(out_ptr + i, round_for(out_ptr, total), mask=i < numel)
 
 
@@ -352,7 +356,7 @@ def compress(
         if for_expert_sums:
             scales = _expert_scales(coefficients, indices, num_experts)
     block_k = max(2, next_power_of_2(K))
-    block_t = max(1, min(COMPRESS_BLOCK // block_k, next_power_of_2(T)))
+    block_t = max(1, COMPRESS_BLOCK // block_k)
     key_dtype = tl.int32 if (G + 1) * GROUP.value * block_k < 2**31 else tl.int64
     launch(
         _compress_kernel,
@@ -375,8 +379,9 @@ def _expert_scales(coefficients: Tensor, indices: Tensor, num_experts: int) -> T
 
     With room for K of them: a token may have chosen the expert as often.
     """
-    largest = coefficients.new_zeros(num_experts)
-    largest.scatter_reduce_(0, indices.flatten().long(), coefficients.abs().flatten(), "amax")
+    # Of float32 from 0 on the bits, as integers, are in the same order, NaN last: no atomic maximum of floating point.
+    bits = coefficients.abs().flatten().view(torch.int32)
+    largest = bits.new_zeros(num_experts).scatter_reduce_(0, indices.flatten().long(), bits, "amax").view(torch.float32)
     exponents = torch.frexp(largest).exponent.clamp(min=-100)
     return torch.ldexp(torch.ones_like(largest), 15 - (indices.shape[1] - 1).bit_length() - exponents)
 
@@ -452,7 +457,7 @@ def _sums(
         num_stages=tile.num_stages,
     )
     if num_splits > 1:
-        launch(_add_splits_kernel, (cdiv(R * H, ADD_BLOCK),), (sums, out), (R * H,), num_splits, ADD_BLOCK)
+        launch(_add_splits_kernel, (cdiv(R * H, ADD_BLOCK),), (sums, out), (R * H, num_splits), ADD_BLOCK, ADD_UNROLL)
     return out
 
 

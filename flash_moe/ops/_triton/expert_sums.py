@@ -1,8 +1,8 @@
 """Both tables' gradients: each expert's sum of coefficient * row over its pairs, which are sorted by expert.
 
 T tokens, H hidden size, K experts per token, P = T * K pairs, G groups: the pairs of one expert each. One program adds
-a group's pairs in their order. Those of a hot expert, a group longer than HOT_TILE, are cut at the multiples of
-HOT_TILE: a program sums each piece, and whichever is the last to arrive adds the pieces in order. No floating-point
+a group's pairs in their order. Those of a hot expert, a group longer than a hot tile, are cut at the multiples of the
+tile: a program sums each piece, and whichever is the last to arrive adds the pieces in order. No floating-point
 number is added atomically, so the bits are the same on every run.
 """
 
@@ -40,8 +40,8 @@ def _expert_sums_kernel(
     H,
     K,
     num_tiles,
+    log_tile,
     FIRST: tl.constexpr,
-    HOT_TILE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -56,14 +56,15 @@ def _expert_sums_kernel(
     is_tile = program < num_tiles
     g = program - num_tiles
     if is_tile:
-        g = tl.load(keys_ptr + program * HOT_TILE).to(tl.int64) - FIRST
+        g = tl.load(keys_ptr + (program << log_tile)).to(tl.int64) - FIRST
     start = tl.load(offsets_ptr + g).to(tl.int64)
     end = tl.load(offsets_ptr + g + 1).to(tl.int64)
-    if (end - start > HOT_TILE) == is_tile:
-        first_tile, last_tile = tl.cdiv(start, HOT_TILE), tl.cdiv(end, HOT_TILE)
+    hot_tile = 1 << log_tile
+    if (end - start > hot_tile) == is_tile:
+        first_tile, last_tile = (start + hot_tile - 1) >> log_tile, (end + hot_tile - 1) >> log_tile
         if is_tile:
-            start = tl.where(program == first_tile, start, program * HOT_TILE)
-            end = tl.minimum(program * HOT_TILE + HOT_TILE, end)
+            start = tl.where(program == first_tile, start, program << log_tile)
+            end = tl.minimum((program << log_tile) + hot_tile, end)
         ddown = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
         dup = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
         # Both at once: the pairs' numbers are read once, and twice as many bytes are in flight behind them.
@@ -116,14 +117,14 @@ def expert_sums(
         _expert_sums_kernel,
         (num_tiles + num_groups, num_slices),
         (hidden_states, grad_out, dpre_activations, coefficients, *groups[:3], partials, arrivals, ddown, dup),
-        (H, K, num_tiles),
+        (H, K, num_tiles, hot_tile.bit_length() - 1),
         groups.first,
-        hot_tile,
         **config,
     )
     return ddown, dup
 
 
 def _hot_tile(num_pairs: int, num_groups: int, H: int) -> int:
+    """Pairs, a power of two: the kernel, to which it is a number like any other, divides by shifts."""
     twice_the_mean = cdiv(2 * num_pairs, max(1, num_groups))
     return max(MIN_HOT_TILE, next_power_of_2(H) // 16, next_power_of_2(twice_the_mean))

@@ -40,7 +40,8 @@ DX_TILES = (Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 4,
 DWEIGHT_TILE = Tile(128, 128, 64, 8, 3)
 # Splits of the tokens: as many as fill an H200, of 132 SMs, once, but none of fewer tokens than MIN_SPLIT.
 SPLIT_PROGRAMS, MIN_SPLIT = 128, 256
-ADD_BLOCK_C, ADD_BLOCK_H, ADD_BLOCK_S, ADD_WARPS = 256, 8, 32, 8
+# A program adds up to ADD_UNROLL splits at a time, all of them on their way at once.
+ADD_BLOCK_C, ADD_BLOCK_H, ADD_BLOCK_S, ADD_UNROLL, ADD_WARPS = 256, 8, 32, 8, 8
 
 
 @triton.jit
@@ -256,12 +257,16 @@ def _add_splits_kernel(
     H,
     C,
     num_sums,
-    NUM_SPLITS: tl.constexpr,
+    num_splits,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """dweight, the sum of the splits; and for BatchNorm shift and slope of some columns, one after the other."""
+    """dweight, the sum of the splits; and for BatchNorm shift and slope of some columns, one after the other.
+
+    What is loaded past the last split is 0, and the sum, which starts at 0, keeps its bits.
+    """
     h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     shift = tl.zeros([BLOCK_C, BLOCK_H], tl.float32)
     slope = tl.zeros([BLOCK_C, BLOCK_H], tl.float32)
@@ -270,8 +275,11 @@ def _add_splits_kernel(
         mask = (c < C)[:, None] & (h < H)[None, :]
         offs = c.to(tl.int64)[:, None] * H + h[None, :]
         dweight = tl.zeros([BLOCK_C, BLOCK_H], tl.float32)
-        for split in tl.static_range(NUM_SPLITS):
-            dweight += tl.load(partials_ptr + tl.cast(H, tl.int64) * C * split + offs, mask=mask, other=0.0)
+        for first_split in range(0, num_splits, UNROLL):
+            for i in tl.static_range(UNROLL):
+                split = first_split + i
+                partials = partials_ptr + tl.cast(H, tl.int64) * C * split + offs
+                dweight += tl.load(partials, mask=mask & (split < num_splits), other=0.0)
         tl.store(dweight_ptr + offs, round_for(dweight_ptr, dweight), mask=mask)
         if shift_ptr is not None:
             logit_sum = tl.zeros([BLOCK_C], tl.float32)
@@ -439,11 +447,11 @@ def gate_backward_weight(
         _add_splits_kernel,
         (cdiv(H, ADD_BLOCK_H),),
         (partials, logit_sums, weight, dweight, shift),
-        (T, H, C, num_sums),
-        num_splits,
+        (T, H, C, num_sums, num_splits),
         ADD_BLOCK_C,
         ADD_BLOCK_H,
         ADD_BLOCK_S,
+        ADD_UNROLL,
         num_warps=ADD_WARPS,
     )
     return dweight, shift

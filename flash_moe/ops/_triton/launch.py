@@ -1,8 +1,11 @@
 """Which config a kernel is launched with: shipped tables, one a GPU, looked up by the nearest sizes.
 
 A table ``launch_tables/<gpu name>.json`` is written by ``flash-moe tune``; ``default.json`` serves every other GPU, the
-interpreter, and kernels that a GPU's own table lacks. Nothing is tuned at run time. Sizes only pick an entry, so a new
-number of tokens compiles nothing.
+interpreter, and kernels that a GPU's own table lacks. Nothing is tuned at run time.
+
+The number of tokens picks a variant and an entry, and is no constant of a kernel: with the same entry another number
+compiles nothing in router and experts, but for what Triton itself tells apart (1, multiples of 16). A sort of up to
+1024 pairs, and what norms and multiplies few tokens, has a tile for each power of two that they need.
 """
 
 import json

@@ -13,7 +13,8 @@ from flash_moe.ops._triton.math import activation, round_for
 from flash_moe.ops._triton.relaunch import launch
 from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
-# On an H200 4 tokens take 52 us in the layer this way, and 38 through tensor cores.
+# More go through tensor cores: on an H200 this way took the layer a third longer on 4 tokens. In 8 launches these take
+# 25 us in a graph now, and 16 tokens 32 (benchmarks/results/h200.jsonl).
 MAX_FEW_TOKENS = 2
 # Every program's rows of weights are on their way at once: on an H200 all programs run together.
 GATED = {"BLOCK_N": 2, "BLOCK_H": 512, "UNROLL": 2, "num_warps": 2}
