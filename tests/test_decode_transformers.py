@@ -127,7 +127,7 @@ def test_same_as_the_block_in_float32(name, backend, T, device):
 
 
 def may_choose_otherwise(logits, routing):
-    """``[T]``: the K-th logit, rounded as the block rounds it, is the next one's equal. A biased float32 score is none."""
+    """``[T]``: the K-th logit, rounded as the block rounds it, equals the next. Biased float32 scores may not tie."""
     ranked, K = logits.sort(dim=-1, descending=True).values, routing.num_experts_per_tok
     return (ranked[:, K - 1] == ranked[:, K]) & routing.ranks_by_logits
 
