@@ -6,12 +6,16 @@ import math
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import flash_moe
 from flash_moe import cli
@@ -374,6 +378,49 @@ def test_peers_are_optional_and_compiling_is_rare():
         assert set(compiled) <= {"x".join(map(str, sizes)) for sizes in ANCHORS[op]}
 
 
+def install_liger(monkeypatch, change):
+    """A module with the name of the peer's, which is right but for the ``change`` of the gate.
+
+    As if there were a GPU, since without one the bench does not look for it.
+    """
+    package, swiglu = ModuleType("liger_kernel"), ModuleType("liger_kernel.ops.swiglu")
+    package.__spec__ = ModuleSpec("liger_kernel", None)
+    swiglu.LigerSiLUMulFunction = SimpleNamespace(apply=lambda gate, up: F.silu(change(gate)) * up)
+    for module in (package, swiglu):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    why_not = competitors.why_not
+    monkeypatch.setattr(
+        competitors, "why_not", lambda name, device: why_not(name, torch.device("cuda") if name == "liger" else device)
+    )
+
+
+def test_an_installed_peer_is_measured(monkeypatch, no_gpu):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    assert competitors.why_not("liger", torch.device("cuda")) == "liger_kernel is not installed"
+    install_liger(monkeypatch, lambda gate: gate)
+    assert competitors.why_not("liger", torch.device("cuda")) is None
+    rows = list(run_bench(Request(["mlp"], "2x8x4", seconds=1e-4, commit="abc")))
+    assert not [row for row in rows if isinstance(row, Refusal)]
+    assert [row["pass"] for row in rows if row["backend"] == "liger"] == [FORWARD, BACKWARD]
+
+
+@pytest.mark.parametrize(
+    "change, refused",
+    [(lambda gate: 1.02 * gate, {FORWARD: "out: ", BACKWARD: "out: "}),
+     (lambda gate: _Faulty.apply(0, gate)[0], {BACKWARD: "dx: "})],
+    ids=["values", "gradients"],
+)  # fmt: skip
+def test_a_peer_with_other_numbers_gets_no_row(change, refused, monkeypatch, no_gpu):
+    install_liger(monkeypatch, change)
+    found = list(run_bench(Request(["mlp"], "2x8x4", ("liger",), seconds=1e-4, commit="abc")))
+    assert len(found) == 2
+    failures = [each for each in found if isinstance(each, Refusal)]
+    assert [each.which for each in failures] == list(refused)
+    for each in failures:
+        assert each.is_failure
+        assert each.reason.startswith(f"MismatchError: {refused[each.which]}")
+
+
 @pytest.mark.parametrize("op", LETTERS)
 def test_triton_kernels_are_measured_in_the_interpreter(op, no_gpu):
     if competitors.why_not("triton", CPU) is not None:
@@ -498,6 +545,34 @@ def test_every_competitor_has_its_own_inputs(no_gpu, monkeypatch):
     assert len(seen) == 2
     assert seen[0].args[0].data_ptr() != seen[1].args[0].data_ptr()
     assert torch.equal(seen[0].args[0], seen[1].args[0])
+
+
+class FreeingTimer(CpuTimer):
+    free = CudaTimer.free
+
+
+def test_what_a_competitor_leaves_is_gone_before_the_next(no_gpu, monkeypatch):
+    """The cache is emptied after its inputs are dropped, or the cache would still hold them."""
+    request = Request(["expert"], "4x16x8x2", ("pytorch_smart", "reference"), ("fwd",), seconds=1e-3, commit="abc")
+    timers = [FreeingTimer(request.seconds), CpuTimer(request.seconds)]  # of the rows, and of the roofs
+    make, made, events = run.make_inputs, [], []
+
+    def make_inputs(*arguments):
+        inputs = make(*arguments)
+        made.append(weakref.ref(inputs.args[0]))
+        events.append("inputs")
+        return inputs
+
+    def empty_cache():
+        events.append(f"emptied, {sum(each() is not None for each in made)} inputs are left")
+
+    monkeypatch.setattr(run, "make_timer", lambda *_: timers.pop(0))
+    monkeypatch.setattr(run, "make_inputs", make_inputs)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    assert not [row for row in run_bench(request) if isinstance(row, Refusal)]
+    of_competitor = ["inputs", "emptied, 1 inputs are left", "emptied, 0 inputs are left"]
+    assert events == ["inputs", "emptied, 0 inputs are left", *of_competitor, *of_competitor]
 
 
 def test_percentiles_and_clock():

@@ -215,6 +215,31 @@ def test_checkpoint_around_compiled_blocks(masked, use_reentrant, device):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32 matrix multiplication:UserWarning")
+@pytest.mark.parametrize("is_returned", [False, True], ids=["read afterwards", "returned"])
+def test_loss_of_a_compiled_block_in_a_reentrant_checkpoint(is_returned, device):
+    """Has no gradient, unless the checkpoint returns it; ``use_reentrant=False`` needs nothing, as tested above."""
+    torch._dynamo.reset()
+    plain, compiled = make_twins(device, True, "aot_eager", **LOSSES)
+    block, twin, call = plain.blocks[0], compiled.blocks[0], compiled.calls[0]
+    (x, _), (other, _) = make_data(device), make_data(device)
+
+    def region(x):
+        y = call(x)
+        return (y, twin.moe.router_loss) if is_returned else (y,)
+
+    y, *returned = checkpoint(region, x, use_reentrant=True)
+    (loss,) = returned or (twin.moe.router_loss,)
+    assert loss.requires_grad == is_returned
+    (y.square().mean() + loss).backward()
+    expected = block(other).square().mean()
+    torch.testing.assert_close(loss, block.moe.router_loss)
+    (expected + block.moe.router_loss if is_returned else expected).backward()
+    torch.testing.assert_close(x.grad, other.grad)
+    torch.testing.assert_close(state_of(twin), state_of(block))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32 matrix multiplication:UserWarning")
 @both_modes
 @pytest.mark.parametrize("losses", [False, True], ids=["no losses", "losses"])
 def test_compiled_model_with_checkpoints_in_it(losses, use_reentrant, compiler, device):

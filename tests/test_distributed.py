@@ -23,6 +23,7 @@ RANKS = 2
 SIZES = {"hidden_size": 12, "intermediate_size": 20, "num_experts": 25, "num_experts_per_tok": 3}
 WRAPPERS = ("ddp", "fsdp2", "fsdp2 in bfloat16")
 NORMS = ("batch", "rms", "none")
+SYNCED = "batch, router_sync"
 
 every_norm = pytest.mark.parametrize("router_norm", NORMS)
 
@@ -32,7 +33,10 @@ class Net(nn.Module):
 
     def __init__(self, router_norm):
         super().__init__()
-        config = FlashMoEConfig(**SIZES, router_norm=router_norm, router_z_loss_coef=0.1, track_expert_usage=True)
+        norm, _, router_sync = router_norm.partition(", ")
+        config = FlashMoEConfig(
+            **SIZES, router_norm=norm, router_sync=bool(router_sync), router_z_loss_coef=0.1, track_expert_usage=True
+        )
         self.layers = nn.ModuleList(FlashMoE(config) for _ in range(2))
 
     def forward(self, x):
@@ -89,7 +93,7 @@ def work(rank, device_type, folder):
     )
     results = {}
     for wrapper in WRAPPERS:
-        for router_norm in NORMS:
+        for router_norm in (*NORMS, SYNCED):
             try:
                 results[wrapper, router_norm] = run_case(wrapper, router_norm, rank, device)
             except Exception as error:
@@ -204,7 +208,8 @@ def assert_trained_alike(actual, expected, router_norm):
     """The way from the first parameters to the last, to a hundredth: Adam makes much of a gradient of nearly zero."""
     start = make_net(router_norm, "cpu").state_dict()
     for name, value in expected.items():
-        way, error = value.cpu() - start[name], actual[name].cpu() - value.cpu()
+        value = value.double().cpu()
+        way, error = value - start[name], actual[name].cpu() - value
         assert way.norm() > 0
         assert error.norm() < 0.01 * way.norm(), name
 
@@ -214,12 +219,18 @@ def device_of(ranks):
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("router_norm", ["rms", "none"])
+@pytest.mark.parametrize("router_norm", ["rms", "none", SYNCED])
 def test_two_halves_train_as_the_whole_does(wrapper, router_norm, ranks):
     results = [each[wrapper, router_norm] for each in ranks]
     losses, state = train_on_all_tokens(router_norm, device_of(ranks))
     torch.testing.assert_close(sum(result["losses"] for result in results) / RANKS, losses, rtol=1e-4, atol=0.0)
     assert_trained_alike(results[0]["state"], state, router_norm)
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_synced_statistics_are_the_same_on_every_rank(wrapper, ranks):
+    first, second = (each[wrapper, SYNCED]["buffers"] for each in ranks)
+    assert_same_statistics(second, first)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])

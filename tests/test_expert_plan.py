@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from flash_moe.bench.cases import ANCHORS
+from flash_moe.bench.timing import count_launches
+from flash_moe.ops.flash_expert import flash_expert
+from flash_moe.testing import make_expert_inputs
 
 plan = pytest.importorskip("flash_moe.ops._triton.expert_plan", reason="there is triton for Linux only")
 
@@ -48,6 +51,21 @@ def test_each_variant_is_chosen_somewhere():
     for which, variants in plan.VARIANTS.items():
         cases = [(T, 1024, E, 64) for T in (1, 4096) for E in (1024, 2**20)]
         assert {plan.choose(which, sizes, 2, plan.H200) for sizes in cases} == set(variants)
+
+
+@pytest.mark.parametrize("T", range(1, 17))
+def test_a_few_tokens_take_one_launch(T):
+    assert plan.choose(plan.FORWARD, (T, 1024, 16384, 64), 2, plan.H200) == plan.FUSED
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 5, 16])
+def test_launches_of_a_few_tokens(T, device):
+    if plan.machine_of(device.index or 0).multiprocessors < T * plan.FUSED_PROGRAMS_A_TOKEN:
+        pytest.skip("a smaller GPU takes several launches")
+    inputs, _ = make_expert_inputs(T, 1024, 16384, 64, torch.bfloat16, device)
+    flash_expert(*inputs)
+    assert count_launches(lambda: flash_expert(*inputs)) == 1
 
 
 @pytest.mark.parametrize("which", plan.VARIANTS)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from flash_moe import FlashMoE, FlashMoEConfig
+from flash_moe.bench.timing import count_launches
 from flash_moe.ops.flash_router import flash_routing
 from flash_moe.testing import poison_memory
 
@@ -134,3 +136,14 @@ def test_realistic_sizes(T, H, I, N, K, dtype, device, monkeypatch):
     assert (y - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max()
     for _ in range(100):
         assert torch.equal(run(arguments)[0], y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 2])
+def test_one_launch(T, device):
+    config = FlashMoEConfig(hidden_size=1024, intermediate_size=4096, num_experts=16384, num_experts_per_tok=64)
+    with device:
+        layer, x = FlashMoE(config).bfloat16().eval(), torch.randn(T, 1024, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(x)
+        assert count_launches(lambda: layer(x)) == 1

@@ -42,11 +42,12 @@ def make_adamw(layer, **settings):
     return torch.optim.AdamW(layer.parameters(), lr=1e-2, **settings)
 
 
-def train(layer, batches, *optimizers):
+def train(layer, batches, *optimizers, autocast=False):
     """The losses."""
     losses = []
-    for batch in batches:
-        loss = loss_of(layer, *batch)
+    for x, target in batches:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            loss = loss_of(layer, x, target)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -196,22 +197,30 @@ def test_inductor_compiles_once_for_every_number_of_tokens(dtype, training, comp
 # CUDA graphs
 
 
+# How far losses may differ, the ways that parameters went, and how often each expert was chosen: another rounding to 16
+# bits may move a parameter, and that a choice.
+PRECISIONS = {"float32": (1e-3, 0.03, 1e-3), "bfloat16": (5e-3, 0.5, 0.2), "autocast": (5e-3, 0.2, 0.2)}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("set_to_none", [True, False], ids=["gradients in the graph", "gradients kept"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     "router_norm, T", [("batch", 2), ("batch", 300), ("rms", 1), ("rms", 2), ("rms", 300)], ids=str
 )
-def test_whole_training_step_in_a_graph(router_norm, T, set_to_none, device):
+def test_whole_training_step_in_a_graph(router_norm, T, precision, set_to_none, device):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_experts": 256, "num_experts_per_tok": 8}
-    layer = make_layer(device, router_norm=router_norm, **sizes, **LOSSES)
+    autocast, dtype = precision == "autocast", torch.bfloat16 if precision == "bfloat16" else torch.float32
+    layer = make_layer(device, router_norm=router_norm, **sizes, **LOSSES).to(dtype)
     start, eager = copy.deepcopy(layer), copy.deepcopy(layer)
-    batches = make_batches(9, T, device=device, hidden_size=64)
+    batches = [(x.to(dtype), target) for x, target in make_batches(9, T, device=device, hidden_size=64)]
     optimizer, eager_optimizer = (make_adamw(each, capturable=True, fused=True) for each in (layer, eager))
     x, target = (each.clone() for each in batches[0])
 
     def step():
         optimizer.zero_grad(set_to_none)
-        loss = loss_of(layer, x, target)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = loss_of(layer, x, target)
         loss.backward()
         optimizer.step()
         return loss.detach()
@@ -234,12 +243,14 @@ def test_whole_training_step_in_a_graph(router_norm, T, set_to_none, device):
         target.copy_(batch[1])
         graph.replay()
         losses.append(captured.clone())
-    want = train(eager, batches, eager_optimizer)[3:]
-    torch.testing.assert_close(torch.stack(losses), want, rtol=1e-3, atol=0.0)
-    assert want.max() > 1.01 * want.min()  # else a graph that ignores its data would pass
-    assert_trained_alike(layer, eager, start, bound=0.03)
+    want = train(eager, batches, eager_optimizer, autocast=autocast)[3:]
+    loss_bound, way_bound, choice_bound = PRECISIONS[precision]
+    torch.testing.assert_close(torch.stack(losses), want, rtol=loss_bound, atol=0.0)
+    assert want.max() > 1.05 * want.min()  # else a graph that ignores its data would pass
+    assert_trained_alike(layer, eager, start, bound=way_bound)
     for name, buffer in eager.named_buffers():
-        torch.testing.assert_close(layer.get_buffer(name), buffer, rtol=1e-3, atol=1e-5)
+        bound = choice_bound if name == "expert_counts" else 1e-3
+        assert (layer.get_buffer(name).double() - buffer).norm() <= bound * buffer.double().norm(), name
 
 
 # Autocast and GradScaler
@@ -342,19 +353,20 @@ def test_function_transforms_are_refused_by_pytorch(device):
 # Export
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_norm
-def test_exported_evaluation_takes_any_number_of_tokens(router_norm, device):
-    layer = make_layer(device, router_norm=router_norm)
+def test_exported_evaluation_takes_any_number_of_tokens(router_norm, dtype, device):
+    layer = make_layer(device, router_norm=router_norm).to(dtype)
     for x, _ in make_batches(3, 20, device=device, seed=2):
-        layer(x)  # so that the running statistics are not those at the start
+        layer(x.to(dtype))  # so that the running statistics are not those at the start
     layer.eval()
     example, _ = make_batches(1, 2, 6, device=device)[0]
     dynamic = torch.export.Dim.DYNAMIC
-    exported = torch.export.export(layer, (example,), dynamic_shapes=({0: dynamic, 1: dynamic},))
+    exported = torch.export.export(layer, (example.to(dtype),), dynamic_shapes=({0: dynamic, 1: dynamic},))
     program = exported.module()
     for B, S in ((2, 6), (1, 1), (3, 2), (5, 40), (0, 3)):
         x, _ = make_batches(1, B, S, device=device)[0]
-        torch.testing.assert_close(program(x), layer(x))
+        torch.testing.assert_close(program(x.to(dtype)), layer(x.to(dtype)))
     assert all(torch.equal(buffer, layer.get_buffer(name)) for name, buffer in program.named_buffers())
 
 
@@ -420,8 +432,7 @@ def test_training_repeats_bit_by_bit_under_deterministic_algorithms(router_norm,
         tables, rest = split_parameters(layer)
         optimizers = [(torch.optim.SparseAdam if sparse_grad else torch.optim.AdamW)(tables), torch.optim.AdamW(rest)]
         batches = make_batches(3, T, device=device, hidden_size=sizes["hidden_size"])
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            losses = train(layer, batches, *optimizers)
+        losses = train(layer, batches, *optimizers, autocast=autocast)
         results.append([losses, layer.expert_counts, *layer.state_dict().values()])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 

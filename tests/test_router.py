@@ -1,6 +1,7 @@
 """flash_router: values, gradients, and above all the order it promises."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flash_moe.bench.timing import count_launches
 from flash_moe.ops._reference.router import router_reference, routing_reference
 from flash_moe.ops.flash_router import flash_router, flash_routing, triton_flash_router_func
 from flash_moe.testing import (
@@ -544,6 +546,22 @@ def test_memory_is_of_the_order_of_the_pairs_on_a_gpu(T, N, K, device):
     scores, _ = triton_flash_router_func(*inputs)
     peak = peak_nbytes(lambda: torch.autograd.grad(scores, inputs[0], dscores, retain_graph=True), device)
     assert peak - inputs[0].nbytes <= 64 * T * K
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
+@pytest.mark.parametrize("T, N, K", [(1, 128, 64), (16, 128, 64), (4096, 128, 16), (300, 320, 512)], ids=str)
+def test_launches_of_a_routing_call(T, N, K, norm_topk_prob, device):
+    (logits, *_), dweights = make_router_inputs(T, N, K, torch.bfloat16, device)
+    logits, dweights = logits.requires_grad_(), dweights.float()
+
+    def forward():
+        return flash_routing(logits, N, K, norm_topk_prob=norm_topk_prob)
+
+    weights, _ = forward()
+    backward = partial(torch.autograd.grad, weights, logits, dweights, retain_graph=True)
+    backward()
+    assert (count_launches(forward), count_launches(backward)) == (1, 1)
 
 
 @pytest.mark.gpu

@@ -25,6 +25,7 @@ CASES = {
     "checkpointed": ((5, 7), 0.6, "checkpointed"),
     "compiled": ((5, 7), None, "compiled"),
     "without batch norm": ((5, 7), None, "rms"),
+    "without any norm": ((5, 7), None, "none"),
 }
 
 
@@ -35,7 +36,7 @@ def make_layer(how, device):
         intermediate_size=20,
         num_experts=25,
         num_experts_per_tok=3,
-        router_norm="rms" if how == "rms" else "batch",
+        router_norm=how if how in ("rms", "none") else "batch",
         router_sync=True,
         router_bias_update_rate=0.5,
     )
