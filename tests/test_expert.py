@@ -50,6 +50,8 @@ SHAPES = [
     (2, 2050, 3, 2),
     (2, 24, 20, 65),
 ]
+# Without the widest, which is slow in the interpreter: sums of 1030 columns are cut, too.
+NARROWER_SHAPES = [shape for shape in SHAPES if shape[1] < 2000]
 
 
 def assert_accurate(inputs: Inputs, dout: Tensor, backend: str, hidden_act: str = "silu") -> None:
@@ -461,7 +463,7 @@ def assert_sparse_is_dense(inputs: Inputs, dout: Tensor, backend: str) -> None:
 
 @both_backends
 @every_dtype
-@pytest.mark.parametrize("T, H, E, K", [*SHAPES, (0, 16, 4, 3), (3, 16, 4, 0)], ids=str)
+@pytest.mark.parametrize("T, H, E, K", [*NARROWER_SHAPES, (0, 16, 4, 3), (3, 16, 4, 0)], ids=str)
 def test_sparse_gradients_are_the_dense_ones(T, H, E, K, dtype, backend, device):
     assert_sparse_is_dense(*make_expert_inputs(T, H, E, K, dtype, device), backend)
 

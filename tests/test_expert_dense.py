@@ -32,7 +32,7 @@ SHAPES = [
     (130, 8, 40, 2),
     (3, 48, 600, 7),
     (2, 300, 20, 5),
-    (1, 8, 300, 150),
+    (1, 8, 140, 130),
 ]
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # rows [T, H], table [E, H], coefficients [T, K], indices [T, K]

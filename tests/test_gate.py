@@ -397,7 +397,7 @@ def test_compiled_with_another_eps_and_momentum(device):
     twin = copy.deepcopy(layer)
     compiled, _ = compile_and_record(twin)
     x = torch.randn(11, 24, device=device, dtype=torch.bfloat16)
-    for eps, momentum in ((1e-5, 0.1), (0.5, 0.1), (0.5, 0.7), (1e-5, 0.1)):
+    for eps, momentum in ((1e-5, 0.1), (0.5, 0.7), (1e-5, 0.1)):
         for each in (layer, twin):
             each.router_norm.eps, each.router_norm.momentum = eps, momentum
         for training in (True, False):
