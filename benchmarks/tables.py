@@ -328,9 +328,9 @@ def first_losses_table(path: Path, words: dict[str, str]) -> str:
         return words["none"] + "\n"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     backends = list(dict.fromkeys(row["backend"] for row in rows))
-    losses = {(row["step"], row["backend"]): row["loss"] for row in rows}
+    losses = {(row["step"], row["backend"]): f"{row['loss']:.4f}" for row in rows}
     lines = [
-        [str(step), *(f"{losses[step, backend]:.4f}" for backend in backends)]
+        [str(step), *(losses.get((step, backend), "") for backend in backends)]
         for step in sorted({at for at, _ in losses})
     ]
     header = [words["step"], *(words["loss of"].format(backend=backend) for backend in backends)]

@@ -136,7 +136,8 @@ def test_down_rows_that_begin_off_a_word(T, I, dtype, device, monkeypatch):
     if device.type == "cpu":
         assert torch.equal(out, want)
     else:  # compiled for such an address, whose lanes have other columns: the lanes' sums come in another order
-        assert (out.float() - want.float()).abs().max() <= large * I * torch.finfo(torch.float32).eps
+        largest_sum = 8 * large * I  # activated products are below 8
+        assert (out.float() - want.float()).abs().max() <= largest_sum * torch.finfo(torch.float32).eps
 
 
 def begin_off_a_word(layer):
@@ -363,6 +364,8 @@ def test_other_models(H, I, E, K, device, monkeypatch):
     x, layer = inputs(3, H, I, E, Routing(K), torch.bfloat16, device)
     assert_right(x[:1], layer, run_few)
     assert_right(x, layer, run_few)
+    del x, layer
+    torch.cuda.empty_cache()  # some 40 GB that tests in other processes may need
 
 
 @pytest.mark.gpu

@@ -594,12 +594,12 @@ def test_full_size(dtype, scale, policy, device):
         (4096, 14336, 8, Routing(2), 0),
         (2048, 1024, 64, Routing(8, norm_topk_prob=False), 0),
         (2560, 2048, 256, Routing(8, True, "sigmoid", "bias", 8, 4, 2.5), 2048),
-        (2560, 2048, 256, Routing(8, True, "sigmoid", "bias"), 2048),
+        (640, 512, 256, Routing(8, True, "sigmoid", "bias"), 512),
     ],
     ids=["mixtral", "olmoe", "deepseek-style", "deepseek-style, no groups"],
 )
 def test_other_models(H, I, E, routing, Is, device):
-    """Few experts, which tokens share, and many, of which few do. The gate and up rows of 256 are over 2^31 numbers."""
+    """Few experts, which tokens share, and many, of which few do. The third has over 2^31 numbers in gate and up."""
     routing = with_bias(routing, E, device)
     many, layer = make_decode_inputs(128, H, I, E, routing, torch.bfloat16, device, shared_intermediate_size=Is)
     for T in (8, 17, 128):
@@ -611,6 +611,8 @@ def test_other_models(H, I, E, routing, Is, device):
         x = many[:2].contiguous()
         assert_right(x, layer, partial(run_kernel, policy="auto"))
         assert isinstance(prepared_for(x, layer, "auto"), kernel.Prepared)
+    del many, layer, x, want
+    torch.cuda.empty_cache()  # some 40 GB that tests in other processes may need
 
 
 @pytest.mark.gpu
