@@ -7,6 +7,7 @@ schedulers and with both a summary. The last lines of a summary say what was tra
 """
 
 import argparse
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,8 +42,11 @@ def launched_with(changes: dict[str, int]) -> Iterator[None]:
     def changed(T: int, itemsize: int, weight_itemsize: int) -> Config:
         return config_of(T, itemsize, weight_itemsize)._replace(**changes)
 
-    kept = ((decode, "_prepared", type(decode._prepared)()), (ops.flash_decode, "_repeatable", {}))
-    with patch.object(decode, "config_of", changed), patch.object(*kept[0]), patch.object(*kept[1]):
+    with (
+        patch.object(decode, "config_of", changed),
+        patch.object(decode, "_prepared", OrderedDict()),
+        patch.object(ops.flash_decode, "_repeatable", {}),
+    ):
         yield
 
 

@@ -113,6 +113,11 @@ def check(actual: Call, expected: Call) -> None:
 
 
 def measure(mode: str, tokens: Sizes, sizes: Sizes, timer: CudaTimer) -> Iterator[dict[str, Any]]:
+    with in_line() if mode == "in line" else nullcontext():
+        yield from _measure(mode, tokens, sizes, timer)
+
+
+def _measure(mode: str, tokens: Sizes, sizes: Sizes, timer: CudaTimer) -> Iterator[dict[str, Any]]:
     layer = make_layer(mode, sizes)
     call: Call = torch.compile(layer, fullgraph=True, **COMPILED[mode]) if mode in COMPILED else layer
     for which in ("forward", "forward_backward"):
@@ -162,12 +167,11 @@ def main() -> None:
     case = parse_sizes("layer", args.case) if args.case else None
     for mode in args.mode or T_OF:
         tokens, sizes = (case[:1], case[1:]) if case else (T_OF[mode], SIZES)
-        with in_line() if mode == "in line" else nullcontext():
-            for row in measure(mode, tokens, sizes, timer):
-                print(f"{row['backend']:20} {row['case']:56} {row['pass']:16} {row['time_us'][1]:10.1f} us", flush=True)
-                if args.out:
-                    with args.out.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row | machine) + "\n")
+        for row in measure(mode, tokens, sizes, timer):
+            print(f"{row['backend']:20} {row['case']:56} {row['pass']:16} {row['time_us'][1]:10.1f} us", flush=True)
+            if args.out:
+                with args.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row | machine) + "\n")
 
 
 if __name__ == "__main__":

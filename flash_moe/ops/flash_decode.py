@@ -281,9 +281,11 @@ def _backend_of(x: Tensor, layer: MoELayer, backend: str) -> str:
     """What "auto" is: one launch on a GPU wherever it takes the call."""
     if backend != "auto":
         return backend
-    if x.is_cuda and why_not_triton("cuda") is None and _implementation("triton").takes(x, layer):
-        return "triton"
-    return "torch"
+    return "triton" if _kernel_takes(x, layer) else "torch"
+
+
+def _kernel_takes(x: Tensor, layer: MoELayer) -> bool:
+    return x.is_cuda and why_not_triton("cuda") is None and _implementation("triton").takes(x, layer)
 
 
 def _check_no_gradient(tensors: dict[str, Tensor | None]) -> None:
@@ -343,7 +345,7 @@ def _forward(hidden_states: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     layer = _unflatten(*flat)
     name = _backend_of(hidden_states, layer, backend)
     try:
-        if backend == "auto" and _goes_in_pieces(hidden_states, layer):
+        if backend == "auto" and name == "torch" and _goes_in_pieces(hidden_states, layer):
             return _in_pieces(hidden_states, layer)
         return _implementation(name).decode_forward(hidden_states, layer, policy)
     except NoRoomError:
@@ -357,11 +359,9 @@ def _goes_in_pieces(x: Tensor, layer: MoELayer) -> bool:
 
     Without one, PyTorch multiplies every token with every expert in float32.
     """
-    if not x.is_cuda or why_not_triton("cuda") is not None:
+    if not _kernel_takes(x[:1], layer) or x.shape[0] <= _implementation("triton").MAX_TOKENS:
         return False
-    kernel = _implementation("triton")
-    is_larger = x.shape[0] > kernel.MAX_TOKENS and kernel.takes(x[: kernel.MAX_TOKENS], layer)
-    return is_larger and not _implementation("torch").fits_grouped_products(x, layer)
+    return not _implementation("torch").fits_grouped_products(x, layer)
 
 
 def _in_pieces(x: Tensor, layer: MoELayer) -> tuple[Tensor, Tensor]:
