@@ -48,6 +48,7 @@ from flash_moe.ops._triton import decode as kernel
 from flash_moe.ops._triton import decode_config, decode_few, decode_records, decode_trace, relaunch
 from flash_moe.ops._triton import scratch as scratch_module
 from flash_moe.ops._triton.decode_actor import in_turn
+from flash_moe.ops._triton.decode_call import PreparedCall
 from flash_moe.ops._triton.decode_kernel import ALL_SELECTED, LINE
 
 every_policy = pytest.mark.parametrize("policy", POLICIES)
@@ -319,8 +320,8 @@ def test_records_that_do_not_fit_are_counted(timer, device, monkeypatch):
 @pytest.fixture
 def again(monkeypatch):
     """A list that grows with every call that goes straight to its prepared launch."""
-    calls, original = [], kernel.Prepared.again
-    monkeypatch.setattr(kernel.Prepared, "again", lambda *arguments: calls.append(1) or original(*arguments))
+    calls, original = [], PreparedCall.again
+    monkeypatch.setattr(PreparedCall, "again", lambda *arguments: calls.append(1) or original(*arguments))
     return calls
 
 
@@ -705,14 +706,17 @@ def test_a_repeated_call_allocates_its_output_alone(again, device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_repeated_call_on_another_device_than_the_current_one(again):
+@pytest.mark.parametrize("policy", ["auto", "queue"])
+def test_a_repeated_call_on_another_device_than_the_current_one(policy, again):
+    module._repeatable.clear()
     for index in (1, 0, 1):
         x, layer = make_decode_inputs(3, 256, 128, 32, Routing(4), torch.bfloat16, torch.device("cuda", index))
         want = run(x, layer, backend="reference")
         for _ in range(2):
-            torch.testing.assert_close(run(x, layer), want, rtol=0.02, atol=0.02 * want.abs().max().item())
+            out = run(x, layer, policy=policy)
+            torch.testing.assert_close(out, want, rtol=0.02, atol=0.02 * want.abs().max().item())
         assert torch.cuda.current_device() == 0
-    assert len(again) == 4
+    assert len(again) == 7  # four repeated calls, of which the three on the other GPU go there and begin again
 
 
 def capture(x, layer, policy, count):

@@ -86,7 +86,7 @@ def run_block(code, line, path, namespace):
 
 def run_blocks(text, path):
     namespace = {"__name__": "document"}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         for line, code in blocks(text, "python"):
             if not torch.cuda.is_available():
                 code = code.replace(*FEWER_TOKENS)
@@ -135,7 +135,7 @@ def test_every_example_is_run():
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name, capsys):
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
     printed = capsys.readouterr().out
     assert re.search(EXAMPLES[name], printed)
