@@ -219,7 +219,7 @@ def _make_layer(case: Case, backend: str, device: torch.device) -> FlashMoE:
 
 def _make_compiled_layer(case: Case, device: torch.device) -> nn.Module:
     module = _make_layer(case, "reference", device)
-    # Of the routing step's sorts of hundreds of candidates Inductor makes a Triton kernel that takes minutes to compile.
+    # Of the routing step's sorts of hundreds of candidates Inductor makes Triton code that takes minutes to compile.
     module._choose = torch.compiler.disable(module._choose)  # type: ignore[method-assign]
     module.forward = compile_function(module.forward)  # type: ignore[method-assign] # parameter names stay as they are
     return module
