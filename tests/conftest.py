@@ -21,6 +21,10 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 RANKS_TIME_LIMIT = 100  # seconds, starting the processes included
 HAS_TRITON = find_spec("triton") is not None
+if HAS_TRITON and not HAS_GPU:
+    import quick_interpreter
+
+    quick_interpreter.install()
 # Small tensors everywhere: on a large host the hand-out to a hundred threads would cost more than the work.
 # Of several workers each has its share of the cores.
 torch.set_num_threads(max(1, min(torch.get_num_threads(), 4) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
