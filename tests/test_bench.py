@@ -354,6 +354,8 @@ def test_a_replay_must_leave_what_the_call_gives():
 # Competitors
 
 
+# The layer's reference looks for its candidates by value, where a graph ends in the middle.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("op", ["router", "expert", "layer"])
 def test_compiled_competitor_is_right(op, monkeypatch):
     monkeypatch.setattr(competitors, "COMPILER", "aot_eager")
