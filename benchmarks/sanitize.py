@@ -117,10 +117,11 @@ def mlp_in_one(device: torch.device) -> None:
 
 
 def mlp_of_few(device: torch.device) -> None:
-    for dtype in DTYPES:
-        for T in (1, 2):
-            inputs, _ = make_mlp_inputs(T, 37, 17, dtype, device)
-            mlp_few.few_tokens_mlp(*inputs, "silu")
+    for dtype in (torch.float16, torch.bfloat16):
+        for T, H, I in ((1, 37, 17), (20, 40, 1100)):
+            (x, gate_proj, up_proj, down_proj), _ = make_mlp_inputs(T, H, I, dtype, device)
+            activated = mlp_few.gated_product_of_few(x, gate_proj, up_proj, "silu")
+            mlp_few.down_product_in_parts(activated, down_proj)
 
 
 def layer_of_few(device: torch.device) -> None:

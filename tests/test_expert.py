@@ -283,6 +283,24 @@ def test_every_variant_matches_reference(T, H, E, K, dtype, variant, device):
     assert_accurate(*make_expert_inputs(T, H, E, K, dtype, device), "triton")
 
 
+@every_dtype
+@pytest.mark.parametrize("num_parts", [1, 3, 8])
+@pytest.mark.parametrize("T, H, E, K", [(1, 1, 1, 1), (5, 37, 9, 3), (2, 300, 20, 17)], ids=str)
+def test_parts_of_a_residual_are_added(T, H, E, K, num_parts, dtype, variant, device):
+    if variant == "dense" and dtype == torch.float32 and device.type == "cuda":
+        pytest.skip("nothing chooses it there, and its products add up in an order of their own")
+    from flash_moe.ops._triton.expert import expert_forward
+
+    inputs, _ = make_expert_inputs(T, H, E, K, dtype, device, weights_dtype=torch.float32)
+    parts = torch.randn(num_parts, T, H, generator=torch.Generator(device).manual_seed(1), device=device)
+    exact = expert_reference(*to_float64(inputs)) + parts.double().sum(0)
+    # Of tensor cores' sums the residual is added to what is rounded already, so there they round twice.
+    low = (expert_reference(*inputs) + parts.sum(0)).to(dtype)
+    with poison_memory():
+        out, _ = expert_forward(*inputs, "silu", surround_with_nan(parts))
+    assert_no_worse_than([low], [exact], [out], ["out"])
+
+
 @pytest.mark.parametrize(
     "variant, bound", [("fused", 0.002), ("gather", 0.002), ("dense", 0.0025)], indirect=["variant"]
 )

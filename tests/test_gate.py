@@ -172,17 +172,6 @@ def test_gradient_goes_through_the_statistics(device):
 
 
 @every_dtype
-def test_residual_gradient_is_added_before_rounding(dtype, device):
-    (x, weight), dlogits, _ = make_inputs(37, 24, 10, dtype, device)
-    residual = torch.randn(x.shape, device=device).to(dtype)
-    exact_inputs = to_float64((x, weight))
-    exact = run_with_grads(composed, exact_inputs, dlogits.double())[1] + residual.double()
-    mean, variance = moments(x)
-    dx, _ = gate.gate_backward(dlogits, x, weight, mean, variance, EPS, True, residual)
-    assert_no_worse_than([exact.to(dtype)], [exact], [dx], ["dx"])
-
-
-@every_dtype
 @training_or_not
 @pytest.mark.parametrize("T", [3, 70])
 def test_same_bits_on_every_run(T, is_batch, dtype, device):

@@ -16,13 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_moe.ops._triton.expert_dense import compress, dense_dots, dense_expert_sums, dense_token_sums
-from flash_moe.ops._triton.expert_fused import fused_forward, fused_forward_quantized
+from flash_moe.ops._triton.expert_fused import fused_forward, fused_forward_quantized, load_parts
 from flash_moe.ops._triton.expert_plan import (
     BACKWARD_TABLES,
     BACKWARD_TOKENS,
     DENSE,
     FORWARD,
     FUSED,
+    GATHER,
     variant_for,
 )
 from flash_moe.ops._triton.expert_sums import expert_sums
@@ -30,7 +31,7 @@ from flash_moe.ops._triton.grouping import Groups, group_by_distinct_expert, gro
 from flash_moe.ops._triton.launch import tile_config
 from flash_moe.ops._triton.math import activation, activation_grad, round_for, table_float
 from flash_moe.ops._triton.relaunch import launch
-from flash_moe.ops._triton.sizes import cdiv
+from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
 # The tiles that a warp keeps in flight are in the launch tables. On an H200 at T 4096, H 1024, bf16, K 64, E 16384 the
 # best of up to 60 shapes: dots 7.2, token sums 8.5 TB/s, counted per row used; one row load at a time: 5.9, 8.3.
@@ -164,12 +165,15 @@ def _token_sums_kernel(
     coefficients_ptr,
     table_ptr,
     indices_ptr,
+    residual_ptr,
     out_ptr,
     H,
     K,
+    num_parts,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     UNROLL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -181,7 +185,10 @@ def _token_sums_kernel(
         mask = (k < K)[:, None] & (h < H)[None, :]
         rows = table_float(tl.load(table_ptr + ids[:, None] * H + h[None, :], mask=mask, other=0.0))
         acc += coefficients[:, None] * rows
-    tl.store(out_ptr + t * H + h, round_for(out_ptr, tl.sum(acc, 0)), mask=h < H)
+    out = tl.sum(acc, 0)
+    if residual_ptr is not None:
+        out += load_parts(residual_ptr, t, h, H, num_parts, BLOCK_P)
+    tl.store(out_ptr + t * H + h, round_for(out_ptr, out), mask=h < H)
 
 
 def _slice_width(table: Tensor, num_pairs: int) -> int:
@@ -207,13 +214,21 @@ def _dots(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     return partials
 
 
-def _token_sums(coefficients: Tensor, table: Tensor, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``[T, H]`` in ``dtype``, by default the table's."""
+def _token_sums(
+    coefficients: Tensor,
+    table: Tensor,
+    indices: Tensor,
+    dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``[T, H]`` in ``dtype``, by default the table's. ``residual [P, T, H]``, float32: is added before, all P."""
     (T, K), H = indices.shape, table.shape[1]
     out = table.new_empty(T, H, dtype=dtype)
     config = tile_config("token_sums", table, indices, H)
     grid = (T, cdiv(H, config["BLOCK_H"]))
-    launch(_token_sums_kernel, grid, (coefficients, table, indices, out), (H, K), **config)
+    num_parts = 0 if residual is None else residual.shape[0]
+    config["BLOCK_P"] = next_power_of_2(max(1, num_parts))
+    launch(_token_sums_kernel, grid, (coefficients, table, indices, residual, out), (H, K, num_parts), **config)
     return out
 
 
@@ -224,13 +239,20 @@ def expert_forward(
     indices: Tensor,
     routing_weights: Tensor,
     hidden_act: str,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``out [T, H]`` and the pre-activations ``s [T, K]``, float32."""
+    """``out [T, H]`` and the pre-activations ``s [T, K]``, float32.
+
+    ``residual [P, T, H]``, float32, of few tokens: is added to ``out``, all P, as a rule before that is rounded.
+    """
     arguments = (hidden_states, down_weights, up_weights, indices, routing_weights, hidden_act)
     variant = variant_for(FORWARD, hidden_states, indices, down_weights.shape[0])
     if variant == FUSED:
-        return fused_forward(*arguments)
-    return _forward_dense(*arguments) if variant == DENSE else _forward_gathered(*arguments)
+        return fused_forward(*arguments, residual)
+    if variant == GATHER:
+        return _forward_gathered(*arguments, residual)
+    out, pre_activations = _forward_dense(*arguments)
+    return out if residual is None else out.add_(residual.sum(0)), pre_activations
 
 
 def _forward_gathered(
@@ -240,6 +262,7 @@ def _forward_gathered(
     indices: Tensor,
     routing_weights: Tensor,
     hidden_act: str,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     pre_activations = torch.empty_like(indices, dtype=torch.float32)
     coefficients = torch.empty_like(pre_activations)
@@ -254,7 +277,7 @@ def _forward_gathered(
         partials.shape[0],
         ELEMENTWISE_BLOCK,
     )
-    return _token_sums(coefficients, up_weights, indices), pre_activations
+    return _token_sums(coefficients, up_weights, indices, residual=residual), pre_activations
 
 
 def expert_forward_quantized(

@@ -20,6 +20,14 @@ from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
 
 @triton.jit
+def load_parts(parts_ptr, t, h, H, num_parts, BLOCK_P: tl.constexpr):
+    """Columns ``h`` of row ``t`` of the sum of ``parts [P, T, H]``, T being the grid's first size; BLOCK_P: P or more."""
+    p = tl.arange(0, BLOCK_P)
+    rows = parts_ptr + (p[:, None] * tl.num_programs(0).to(tl.int64) + t) * H
+    return tl.sum(tl.load(rows + h[None, :], mask=(p < num_parts)[:, None] & (h < H)[None, :], other=0.0), 0)
+
+
+@triton.jit
 def _fused_kernel(
     x_ptr,
     down_ptr,
@@ -32,17 +40,21 @@ def _fused_kernel(
     down_scale_ptr,
     up_scale_ptr,
     K,
+    num_parts,
     H: tl.constexpr,
     HIDDEN_ACT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     SLICE: tl.constexpr,
     UNROLL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """Tables of 8 bits have scales, and no pre-activations are kept; for others both scales are None."""
     t = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     acc = tl.zeros([BLOCK_K, SLICE], tl.float32)
+    if residual_ptr is not None:
+        residual = load_parts(residual_ptr, t, column, H, num_parts, BLOCK_P)
     for first_k in range(0, K, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
         ids = tl.load(indices_ptr + t * K + k, mask=k < K, other=0).to(tl.int64)
@@ -68,7 +80,7 @@ def _fused_kernel(
         acc += (activation(s, HIDDEN_ACT) * weights)[:, None] * table_float(up)
     out = tl.sum(acc, 0)
     if residual_ptr is not None:
-        out += tl.load(residual_ptr + t * H + column, mask=column < H, other=0.0)
+        out += residual
     tl.store(out_ptr + t * H + column, round_for(out_ptr, out), mask=column < H)
 
 
@@ -81,7 +93,7 @@ def fused_forward(
     hidden_act: str,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``out [T, H]``, with a float32 ``residual`` added before it is rounded, and ``s [T, K]``, float32."""
+    """``out [T, H]``, and ``s [T, K]``, float32. ``residual [P, T, H]``, float32: is added before rounding, all P."""
     out = torch.empty_like(hidden_states)
     pre_activations = torch.empty_like(indices, dtype=torch.float32)
     inputs = (hidden_states, down_weights, up_weights, indices, routing_weights, residual)
@@ -110,10 +122,12 @@ def fused_forward_quantized(
 
 def _launch(tensors: tuple[Any, ...], num_experts: int, hidden_act: str) -> None:
     """``tensors``: what the kernel's pointers point to, in its order."""
-    hidden_states, indices = tensors[0], tensors[3]
+    hidden_states, indices, residual = tensors[0], tensors[3], tensors[5]
     (T, H), K = hidden_states.shape, indices.shape[1]
     config = dict(launch_config("fused", hidden_states.device, (T, H, num_experts, K)))
     config["BLOCK_K"] = min(config["BLOCK_K"], next_power_of_2(max(1, K)))
     for name in ("BLOCK_H", "SLICE"):
         config[name] = min(config[name], block_of(H))
-    launch(_fused_kernel, (T, cdiv(H, config["SLICE"])), tensors, (K,), H, hidden_act, **config)
+    num_parts = 0 if residual is None else residual.shape[0]
+    config["BLOCK_P"] = next_power_of_2(max(1, num_parts))
+    launch(_fused_kernel, (T, cdiv(H, config["SLICE"])), tensors, (K, num_parts), H, hidden_act, **config)

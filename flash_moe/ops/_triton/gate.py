@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_moe.ops._triton.launch import FLOAT32_TILE, Tile
-from flash_moe.ops._triton.math import dot, round_for
+from flash_moe.ops._triton.math import dot, reciprocal_root, round_for
 from flash_moe.ops._triton.relaunch import launch
 from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
@@ -33,9 +33,13 @@ STATISTICS_PROGRAMS, STATISTICS_MIN_CHUNK = 96, 1024
 # Up to this many tokens a program takes one of them and few columns, so that the weights come through many SMs at once.
 FEW_TOKENS = 16
 FEW_BLOCK_H, FEW_WARPS = 1024, 4
-# Largest first: the first of which there are MIN_PROGRAMS or more, else the last. float32 does without tensor cores.
+# Largest first: the first of which there are MIN_PROGRAMS or more, else the last. float32 does without tensor cores. On
+# an H200 at H 1024, N 128, in bf16, the forward takes 8 us on up to 256 tokens, 14 on 4096, 31 on 16,384.
 MIN_PROGRAMS = 96
-FORWARD_TILES = (Tile(64, 128, 128, 4, 3), Tile(64, 32, 128, 4, 3), Tile(16, 32, 128, 4, 3))
+FORWARD_TILES = (
+    Tile(128, 256, 64, 8, 4), Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 4, 3), Tile(64, 64, 128, 4, 3),
+    Tile(64, 32, 128, 4, 3), Tile(32, 32, 128, 4, 3), Tile(16, 32, 128, 4, 3), Tile(16, 16, 256, 2, 3),
+)  # fmt: skip
 DX_TILES = (Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3))
 DWEIGHT_TILE = Tile(128, 128, 64, 8, 3)
 # Splits of the tokens: as many as fill an H200, of 132 SMs, once, but none of fewer tokens than MIN_SPLIT.
@@ -133,10 +137,10 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _load_norm(mean_ptr, variance_ptr, h, H, eps):
+def load_norm(mean_ptr, variance_ptr, h, H, eps):
     mean = tl.load(mean_ptr + h, mask=h < H, other=0.0).to(tl.float32)
     variance = tl.load(variance_ptr + h, mask=h < H, other=1.0).to(tl.float32)
-    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))  # rsqrt is off by a unit or two in the last place
+    return mean, reciprocal_root(variance + eps)
 
 
 @triton.jit
@@ -162,7 +166,7 @@ def _few_fwd_kernel(
         mask = (c < C)[:, None] & (h < H)[None, :]
         weight = tl.load(weight_ptr + c.to(tl.int64)[:, None] * H + h[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + t * H + h, mask=h < H, other=0.0).to(tl.float32)
-        mean, rstd = _load_norm(mean_ptr, variance_ptr, h, H, eps)
+        mean, rstd = load_norm(mean_ptr, variance_ptr, h, H, eps)
         xhat = round_for(x_ptr, (x - mean) * rstd).to(tl.float32)
         acc += weight * xhat[None, :]
     tl.store(logits_ptr + t * C + c, round_for(logits_ptr, tl.sum(acc, 1)), mask=c < C)
@@ -187,14 +191,17 @@ def _fwd_kernel(
     t = (tl.program_id(0) // column_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.program_id(0) % column_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    mean, rstd = load_norm(mean_ptr, variance_ptr, tl.arange(0, BLOCK_H), H, eps)
     for first_h in range(0, H, BLOCK_H):
         h = first_h + tl.arange(0, BLOCK_H)
         x = tl.load(x_ptr + t[:, None] * H + h[None, :], mask=(t < T)[:, None] & (h < H)[None, :], other=0.0)
         offs = c.to(tl.int64)[:, None] * H + h[None, :]
         weight = tl.load(weight_ptr + offs, mask=(c < C)[:, None] & (h < H)[None, :], other=0.0)
-        mean, rstd = _load_norm(mean_ptr, variance_ptr, h, H, eps)
+        # The next columns', a step ahead: what is no product's operand Triton loads where it stands, and waits for it.
+        next_mean, next_rstd = load_norm(mean_ptr, variance_ptr, h + BLOCK_H, H, eps)
         xhat = round_for(x_ptr, (x.to(tl.float32) - mean[None, :]) * rstd[None, :])
         acc = dot(xhat, tl.trans(weight), acc)
+        mean, rstd = next_mean, next_rstd
     mask = (t < T)[:, None] & (c < C)[None, :]
     tl.store(logits_ptr + t[:, None] * C + c[None, :], round_for(logits_ptr, acc), mask=mask)
 
@@ -232,7 +239,7 @@ def _dweight_kernel(
             dlogits = tl.load(dlogits_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
             logit_sum += tl.sum(dlogits.to(tl.float32), 0)
         tl.store(logit_sums_ptr + (split * column_blocks + column_block) * C + c, logit_sum, mask=c < C)
-    mean, rstd = _load_norm(mean_ptr, variance_ptr, h, H, eps)
+    mean, rstd = load_norm(mean_ptr, variance_ptr, h, H, eps)
     acc = tl.zeros([BLOCK_C, BLOCK_H], tl.float32)
     for t0 in range(first_t, end_t, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T).to(tl.int64)
@@ -303,7 +310,6 @@ def _dx_kernel(
     mean_ptr,
     variance_ptr,
     shift_ptr,
-    residual_ptr,
     dx_ptr,
     T,
     H,
@@ -327,16 +333,13 @@ def _dx_kernel(
         weight_offs = c.to(tl.int64)[:, None] * H + h[None, :]
         weight = tl.load(weight_ptr + weight_offs, mask=(c < C)[:, None] & (h < H)[None, :], other=0.0)
         acc = dot(dlogits, weight, acc)
-    mean, rstd = _load_norm(mean_ptr, variance_ptr, h, H, eps)
+    mean, rstd = load_norm(mean_ptr, variance_ptr, h, H, eps)
     if shift_ptr is not None:
         shift = tl.load(shift_ptr + h, mask=h < H, other=0.0)
         slope = tl.load(shift_ptr + H + h, mask=h < H, other=0.0)
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         acc -= shift[None, :] + (x - mean[None, :]) * (rstd * slope)[None, :]
-    acc *= rstd[None, :]
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dx_ptr + offs, round_for(dx_ptr, acc), mask=mask)
+    tl.store(dx_ptr + offs, round_for(dx_ptr, acc * rstd[None, :]), mask=mask)
 
 
 def batch_norm_statistics(
@@ -406,14 +409,10 @@ def gate_backward(
     variance: Tensor,
     eps: float,
     is_batch: bool,
-    grad_residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``dx``, to which ``grad_residual`` is added before it is rounded, and ``dweight``.
-
-    With ``is_batch`` mean and variance are those of x, and the gradient goes through them as well.
-    """
+    """``dx`` and ``dweight``; with ``is_batch`` mean and variance are those of x, whose gradient goes through them."""
     dweight, shift = gate_backward_weight(grad_logits, x, weight, mean, variance, eps, is_batch)
-    dx = gate_backward_tokens(grad_logits, x, weight, mean, variance, eps, shift, grad_residual)
+    dx = gate_backward_tokens(grad_logits, x, weight, mean, variance, eps, shift)
     return dx, dweight
 
 
@@ -465,7 +464,6 @@ def gate_backward_tokens(
     variance: Tensor,
     eps: float,
     shift: Tensor | None,
-    grad_residual: Tensor | None,
 ) -> Tensor:
     (T, H), (C, _) = x.shape, weight.shape
     tile = _tile(DX_TILES, x, T, H)
@@ -473,7 +471,7 @@ def gate_backward_tokens(
     launch(
         _dx_kernel,
         (_num_programs(tile, T, H),),
-        (grad_logits, x, weight, mean, variance, shift, grad_residual, dx),
+        (grad_logits, x, weight, mean, variance, shift, dx),
         (T, H, C, eps),
         tile.rows,
         tile.columns,

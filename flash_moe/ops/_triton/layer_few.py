@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_moe.ops._triton.counters import LINE, MAX_POLLS, arrive, wait_again
+from flash_moe.ops._triton.gate import load_norm
 from flash_moe.ops._triton.math import accurate_exp, activation, round_for
 from flash_moe.ops._triton.ranking import SMALLEST_KEY, is_above, ordered_key, with_ids
 from flash_moe.ops._triton.relaunch import Kept, Relaunch
@@ -96,16 +97,6 @@ def _wait_for_words(words_ptr, count, number, polls_left, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_norm(mean_ptr, variance_ptr, h, H, eps):
-    """As the gate's kernels have it, but for the last place: their root and division are 16 branches, one by one."""
-    mean = tl.load(mean_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-    variance = tl.load(variance_ptr + h, mask=h < H, other=1.0).to(tl.float32) + eps
-    rstd = tl.rsqrt(variance)
-    rest = tl.fma(-variance * rstd, rstd, 1.0)
-    return mean, tl.where(variance > 0.0, tl.fma(0.5 * rstd, rest, rstd), rstd)
-
-
-@triton.jit
 def _route(
     x_ptr, router_ptr, mean_ptr, variance_ptr, logits_ptr, words_ptr, number, eps, program, num_routers,
     T: tl.constexpr, H: tl.constexpr, C2: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -119,7 +110,7 @@ def _route(
                 mask = (c < C2)[:, None] & (h < H)[None, :]
                 weight = tl.load(router_ptr + c[:, None] * H + h[None, :], mask=mask, other=0.0).to(tl.float32)
                 x = tl.load(x_ptr + t * H + h, mask=h < H, other=0.0).to(tl.float32)
-                mean, rstd = _load_norm(mean_ptr, variance_ptr, h, H, eps)
+                mean, rstd = load_norm(mean_ptr, variance_ptr, h, H, eps)
                 acc += weight * round_for(x_ptr, (x - mean) * rstd).to(tl.float32)[None, :]
             logits = round_for(logits_ptr, tl.sum(acc, 1))
             tl.store(logits_ptr + t * C2 + c, logits, mask=c < C2)

@@ -3,12 +3,10 @@
 from torch import Tensor
 
 from flash_moe.ops._triton.expert import expert_forward
-from flash_moe.ops._triton.expert_fused import fused_forward
 from flash_moe.ops._triton.expert_mlp import Dense, SideStream
-from flash_moe.ops._triton.expert_plan import FORWARD, FUSED, variant_for
 from flash_moe.ops._triton.gate import gate_forward
 from flash_moe.ops._triton.layer_few import FewTokens, Weights, few_tokens_like, layer_few, takes
-from flash_moe.ops._triton.mlp_few import MAX_FEW_TOKENS, few_tokens_mlp
+from flash_moe.ops._triton.mlp_few import down_product_in_parts, takes_few
 from flash_moe.ops._triton.mlp_fused import gated_product_forward
 from flash_moe.ops._triton.router import routing_forward
 
@@ -32,26 +30,19 @@ def layer_inference(
         if wants_indices:
             return [*layer_few(x, gate, tables, dense, *options)]
         return [*few_tokens_like(x, gate, dense, *options)(x, *gate[:3], *tables, *dense)]
-    is_few = len(x) <= MAX_FEW_TOKENS
-    beside = SideStream(x)
+    parts, beside = None, SideStream(x)
     with beside:
-        if is_few:
-            dense_sums = few_tokens_mlp(x, *dense, hidden_act)
-        else:
-            activated = gated_product_forward(x, *dense[:2], hidden_act)
+        activated = gated_product_forward(x, *dense[:2], hidden_act)
+        if takes_few(x):
+            parts = down_product_in_parts(activated, dense[2])
     logits = gate_forward(x, *gate)
     by_half = logits.view(len(x), 2, -1).transpose(0, 1)
     weights, indices, _ = routing_forward(by_half, num_experts_per_tok, norm_topk_prob)
-    experts = (x, *tables, indices, weights)
-    if is_few and variant_for(FORWARD, x, indices, len(tables[0])) == FUSED:
+    if parts is not None:
         beside.join()
-        out, _ = fused_forward(*experts, hidden_act, residual=dense_sums)
-        return [out, by_half, indices][: 2 + wants_indices]
-    out, _ = expert_forward(*experts, hidden_act)
-    beside.join()
-    if is_few:
-        out += dense_sums
-    else:
+    out, _ = expert_forward(x, *tables, indices, weights, hidden_act, parts)
+    if parts is None:
+        beside.join()
         out.addmm_(activated, dense[2].t())
     return [out, by_half, indices][: 2 + wants_indices]
 

@@ -75,6 +75,14 @@ def accurate_exp(x):
 
 
 @triton.jit
+def reciprocal_root(x):
+    """1 / sqrt(x) to about half a unit in the last place, without the branches of an exact root and division."""
+    root = tl.rsqrt(x)
+    rest = tl.fma(-x * root, root, 1.0)
+    return tl.where(rest == rest, tl.fma(0.5 * root, rest, root), root)  # of 0 and of infinity the rest is no number
+
+
+@triton.jit
 def normal_cdf(x):
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 

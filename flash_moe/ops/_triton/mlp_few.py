@@ -1,6 +1,7 @@
 """The dense gated MLP on few tokens, in two launches: each weight is read once, and that is all the time it takes.
 
-T tokens, H hidden size, I intermediate size. Sums and what lies between the products are float32.
+T tokens, H hidden size, I intermediate size. Tensor cores multiply tokens of 16 bits, with float32 sums; between the
+two the gated product is rounded to the tokens' dtype. Contiguous tensors.
 """
 
 import torch
@@ -8,69 +9,127 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_moe.ops._triton.launch import block_of
-from flash_moe.ops._triton.math import activation, round_for
+from flash_moe.ops._triton.launch import Tile
+from flash_moe.ops._triton.math import activation, dot, round_for
 from flash_moe.ops._triton.relaunch import launch
 from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
-# More go through tensor cores: on an H200 this way took the layer a third longer on 4 tokens. In 8 launches these take
-# 25 us in a graph now, and 16 tokens 32 (benchmarks/results/h200.jsonl).
-MAX_FEW_TOKENS = 2
-# Every program's rows of weights are on their way at once: on an H200 all programs run together.
-GATED = {"BLOCK_N": 2, "BLOCK_H": 512, "UNROLL": 2, "num_warps": 2}
-PLAIN = {"BLOCK_N": 2, "BLOCK_H": 1024, "UNROLL": 4, "num_warps": 8}
+# On an H200 at H 1024, I 4096 64 tokens take 8 and 5.5 us, where two products of cuBLAS and the pointwise kernel take
+# 15 and the third product 9; with 32 to 256 in depth and half of the columns up to a quarter longer.
+MAX_FEW_TOKENS = 64
+# Of a tile, which are tokens: no fewer than tensor cores take, and no more than are needed.
+MIN_ROWS = 16
+GATED_TILE, PARTS_TILE = Tile(MAX_FEW_TOKENS, 32, 128, 4, 4), Tile(MAX_FEW_TOKENS, 32, 128, 4, 4)
+# Programs that keep an H200's memory busy. A part is of MIN_PART columns of ``down_proj`` or more.
+NUM_PROGRAMS, MIN_PART = 256, 512
 
 
 @triton.jit
-def _product_kernel(
+def _gated_kernel(
     x_ptr,
-    weight_ptr,
-    up_ptr,
+    gate_proj_ptr,
+    up_proj_ptr,
     out_ptr,
     T,
     H,
-    N,
+    I,
     HIDDEN_ACT: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_I: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
-    """out [T, N] = x weight^T; or act(x weight^T) * (x up^T), where there is an ``up``."""
+    """out [T, I] = act(x gate_proj^T) * (x up_proj^T)."""
     t = tl.arange(0, BLOCK_T)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_T, BLOCK_N, BLOCK_H], tl.float32)
-    up_acc = tl.zeros([BLOCK_T, BLOCK_N, BLOCK_H], tl.float32)
-    for start in tl.range(0, H, BLOCK_H, loop_unroll_factor=UNROLL):
-        h = start + tl.arange(0, BLOCK_H)
-        offs = n[:, None].to(tl.int64) * H + h[None, :]
-        mask = (n < N)[:, None] & (h < H)[None, :]
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    gate = tl.zeros([BLOCK_T, BLOCK_I], tl.float32)
+    up = tl.zeros([BLOCK_T, BLOCK_I], tl.float32)
+    for first_h in range(0, H, BLOCK_H):
+        h = first_h + tl.arange(0, BLOCK_H)
         x = tl.load(x_ptr + t[:, None] * H + h[None, :], mask=(t < T)[:, None] & (h < H)[None, :], other=0.0)
-        x = x.to(tl.float32)[:, None, :]
-        acc += x * tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)[None, :, :]
-        if up_ptr is not None:
-            up_acc += x * tl.load(up_ptr + offs, mask=mask, other=0.0).to(tl.float32)[None, :, :]
-    out = tl.sum(acc, 2)
-    if up_ptr is not None:
-        out = activation(out, HIDDEN_ACT) * tl.sum(up_acc, 2)
-    mask = (t < T)[:, None] & (n < N)[None, :]
-    tl.store(out_ptr + t[:, None] * N + n[None, :], round_for(out_ptr, out), mask=mask)
+        offs = i.to(tl.int64)[:, None] * H + h[None, :]
+        mask = (i < I)[:, None] & (h < H)[None, :]
+        gate = dot(x, tl.trans(tl.load(gate_proj_ptr + offs, mask=mask, other=0.0)), gate)
+        up = dot(x, tl.trans(tl.load(up_proj_ptr + offs, mask=mask, other=0.0)), up)
+    mask = (t < T)[:, None] & (i < I)[None, :]
+    tl.store(out_ptr + t[:, None] * I + i[None, :], round_for(out_ptr, activation(gate, HIDDEN_ACT) * up), mask=mask)
 
 
-def few_tokens_mlp(x: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, hidden_act: str) -> Tensor:
-    """``[T, H]``, float32, for up to MAX_FEW_TOKENS tokens."""
-    (T, H), I = x.shape, gate_proj.shape[0]
-    activated, out = x.new_empty(T, I, dtype=torch.float32), x.new_empty(T, H, dtype=torch.float32)
-    _launch(x, gate_proj, up_proj, activated, hidden_act, GATED)
-    _launch(activated, down_proj, None, out, None, PLAIN)
+@triton.jit
+def _parts_kernel(
+    activated_ptr,
+    down_proj_ptr,
+    parts_ptr,
+    T,
+    I,
+    H,
+    PART,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """parts[p] [T, H] = activated down_proj^T over the PART columns from p * PART on."""
+    t = tl.arange(0, BLOCK_T)
+    h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    part = tl.program_id(1)
+    end = tl.minimum((part + 1) * PART, I)
+    acc = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    for first_i in range(part * PART, end, BLOCK_I):
+        i = first_i + tl.arange(0, BLOCK_I)
+        mask = (t < T)[:, None] & (i < end)[None, :]
+        activated = tl.load(activated_ptr + t[:, None] * I + i[None, :], mask=mask, other=0.0)
+        offs = h.to(tl.int64)[:, None] * I + i[None, :]
+        down_proj = tl.load(down_proj_ptr + offs, mask=(h < H)[:, None] & (i < end)[None, :], other=0.0)
+        acc = dot(activated, tl.trans(down_proj), acc)
+    mask = (t < T)[:, None] & (h < H)[None, :]
+    tl.store(parts_ptr + part.to(tl.int64) * T * H + t[:, None] * H + h[None, :], acc, mask=mask)
+
+
+def takes_few(x: Tensor, *weights: Tensor) -> bool:
+    """Whether these launches are for tokens and weights like these."""
+    is_few = 0 < x.shape[0] <= MAX_FEW_TOKENS and x.dtype in (torch.float16, torch.bfloat16)
+    return is_few and all(y.is_contiguous() for y in (x, *weights))
+
+
+def gated_product_of_few(x: Tensor, gate_proj: Tensor, up_proj: Tensor, hidden_act: str) -> Tensor:
+    """``[T, I]``, of tokens that ``takes_few`` takes."""
+    (T, H), I, tile = x.shape, gate_proj.shape[0], GATED_TILE
+    out = x.new_empty(T, I)
+    launch(
+        _gated_kernel,
+        (cdiv(I, tile.columns),),
+        (x, gate_proj, up_proj, out),
+        (T, H, I),
+        hidden_act,
+        _rows(T),
+        tile.columns,
+        tile.depth,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     return out
 
 
-def _launch(
-    x: Tensor, weight: Tensor, up: Tensor | None, out: Tensor, hidden_act: str | None, config: dict[str, int]
-) -> None:
-    (T, H), N = x.shape, weight.shape[0]
-    block_t = next_power_of_2(max(1, T))
-    block_h = min(config["BLOCK_H"] // block_t, block_of(H))
-    constants = {**config, "HIDDEN_ACT": hidden_act, "BLOCK_T": block_t, "BLOCK_H": block_h}
-    launch(_product_kernel, (cdiv(N, config["BLOCK_N"]),), (x, weight, up, out), (T, H, N), **constants)
+def down_product_in_parts(activated: Tensor, down_proj: Tensor) -> Tensor:
+    """``[P, T, H]``, float32: of ``activated down_proj^T`` P parts to be added, so that enough programs read at once."""
+    (T, I), H, tile = activated.shape, down_proj.shape[0], PARTS_TILE
+    num_programs = cdiv(H, tile.columns)
+    num_parts = max(1, min(NUM_PROGRAMS // num_programs, I // MIN_PART))
+    part = cdiv(cdiv(I, num_parts), tile.depth) * tile.depth
+    num_parts = cdiv(I, part)
+    parts = activated.new_empty(num_parts, T, H, dtype=torch.float32)
+    launch(
+        _parts_kernel,
+        (num_programs, num_parts),
+        (activated, down_proj, parts),
+        (T, I, H, part),
+        _rows(T),
+        tile.columns,
+        tile.depth,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return parts
+
+
+def _rows(num_tokens: int) -> int:
+    return max(MIN_ROWS, next_power_of_2(num_tokens))

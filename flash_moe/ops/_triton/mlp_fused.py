@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from flash_moe.ops._triton.launch import Tile, is_forced
 from flash_moe.ops._triton.math import activation, dot, rounded
 from flash_moe.ops._triton.mlp import gated_activation_forward
+from flash_moe.ops._triton.mlp_few import gated_product_of_few, takes_few
 from flash_moe.ops._triton.relaunch import ALIGNMENT, launch
 from flash_moe.ops._triton.sizes import cdiv
 
@@ -29,8 +30,8 @@ TILE = Tile(128, 64, 64, 8, 3)
 PROGRAMS_PER_SM = 2
 # Tiles of so many rows go one after another down a column: weights of a wave of programs stay in the L2 cache.
 GROUP = 8
-# With 128 tokens it takes as long as three kernels.
-MIN_TOKENS = 256
+# Fewer go the way of few tokens; float32, and other GPUs, take three kernels.
+MIN_TOKENS = 65
 # Compute capability. Only there have these tiles been measured; tensor cores of others want their operands otherwise.
 HOPPER = (9, 0)
 
@@ -76,11 +77,14 @@ def _gated_product_kernel(
 
 
 def gated_product_forward(x: Tensor, gate_proj: Tensor, up_proj: Tensor, hidden_act: str) -> Tensor:
-    """``[T, I]``."""
+    """``[T, I]``; few tokens, and what ``takes`` does not take, go other ways."""
     (T, H), I = x.shape, gate_proj.shape[0]
-    if not takes(x, gate_proj, up_proj):
+    is_few = takes_few(x, gate_proj, up_proj)
+    if is_forced("gated_forward") or not (is_few or takes(x, gate_proj, up_proj)):
         gate, up = torch.mm(x, gate_proj.t()), torch.mm(x, up_proj.t())
         return gated_activation_forward(gate, up, hidden_act, out=gate)
+    if is_few:
+        return gated_product_of_few(x, gate_proj, up_proj, hidden_act)
     out = x.new_empty(T, I)
     tokens = TensorDescriptor(x, [T, H], [H, 1], [TILE.rows, TILE.depth])
     weights = (TensorDescriptor(w, [I, H], [H, 1], [TILE.columns, TILE.depth]) for w in (gate_proj, up_proj))
@@ -110,7 +114,6 @@ def takes(x: Tensor, gate_proj: Tensor, up_proj: Tensor) -> bool:
         all(size > 0 and size % row_length == 0 for size in gate_proj.shape)
         and all(y.is_contiguous() and y.data_ptr() % ALIGNMENT == 0 for y in (x, gate_proj, up_proj))
         and x.dtype == gate_proj.dtype == up_proj.dtype
-        and not is_forced("gated_forward")
     )
 
 
