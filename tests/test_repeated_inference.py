@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from flash_moe import FlashMoE
 from flash_moe.testing import poison_memory
 
-pytest.importorskip("triton")
+layer_few = pytest.importorskip("flash_moe.ops._triton.layer_few")
 H = SIZES["hidden_size"]
 
 
@@ -71,7 +71,7 @@ def assert_as_a_first_call(layer, call):
     return actual
 
 
-@pytest.mark.parametrize("shape", [(1,), (2,), (1, 1), (2, 1), (1, 2, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (2,), (1, 1), (2, 1), (1, 2, 1), (3,), (2, 4)], ids=str)
 def test_other_numbers(shape, device, repeats):
     layer = make_layer(device)
     for seed in range(3):
@@ -127,9 +127,10 @@ WAYS_TO_CHANGE = {
 }
 
 
+@pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize("change", WAYS_TO_CHANGE, ids=str)
-def test_changed_layer(change, device, repeats):
-    layer, x = make_layer(device), make_x(device, 1)
+def test_changed_layer(change, T, device, repeats):
+    layer, x = make_layer(device), make_x(device, T)
     before = [infer(layer, x) for _ in range(2)][1]
     WAYS_TO_CHANGE[change](layer)
     after = assert_as_a_first_call(layer, lambda each: infer(each, x))
@@ -167,6 +168,7 @@ WAYS_TO_CALL = {
     "another device": lambda layer, x: infer(layer, x.to("meta")),
     "no tensor": lambda layer, x: infer(layer, x.tolist()),
     "nothing": lambda layer, x: infer(layer, None),
+    "rows apart": lambda layer, x: infer(layer, x.repeat(1, 2)[:, : x.shape[1]]),
     "strides": lambda layer, x: infer(layer, x.repeat_interleave(2, dim=1)[:, ::2]),
     "requires grad": lambda layer, x: infer(layer, x.clone().requires_grad_()),
     "grad mode": lambda layer, x: layer(x),
@@ -177,16 +179,41 @@ WAYS_TO_CALL = {
 }
 
 
+@pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize("way", WAYS_TO_CALL, ids=str)
-def test_another_call(way, device, repeats):
-    layer, x = make_layer(device), make_x(device, 1)
+def test_another_call(way, T, device, repeats):
+    layer, x = make_layer(device), make_x(device, T)
     want = [infer(layer, x) for _ in range(2)][1]
     assert repeats == [False, True]
     del repeats[:]
     assert_as_a_first_call(layer, lambda each: WAYS_TO_CALL[way](each, x))
-    assert not any(repeats)
+    # From three tokens on more of them are nothing else.
+    assert any(repeats) == (T > 1 and way in ("more tokens", "many tokens", "rows apart"))
     for result, expected in zip(infer(layer, x), want, strict=True):
         assert torch.equal(result, expected)
+
+
+def test_any_number_of_tokens_from_three_on(device, repeats):
+    layer = make_layer(device)
+    for T in (5, 3, 18, 4, 2, 1):
+        assert_as_a_first_call(layer, lambda each, T=T: infer(each, make_x(device, T)))
+    assert repeats[::2] == [False, True, True, True, False, False]
+
+
+def test_few_tokens_that_no_one_launch_takes_are_as_any(device, repeats, monkeypatch):
+    monkeypatch.setattr(layer_few, "MAX_KEYS", 4)
+    layer = make_layer(device)
+    for T in (2, 1, 4):
+        assert_as_a_first_call(layer, lambda each, T=T: infer(each, make_x(device, T)))
+    assert repeats[::2] == [False, False, True]
+
+
+def test_float32_repeats_one_launch_alone(device, repeats):
+    """Of more tokens those are few enough for the fused gate, and others not."""
+    layer = make_layer_in(torch.float32, device)
+    for T in (1, 1, 5, 5):
+        assert_as_a_first_call(layer, lambda each, T=T: infer(each, make_x(device, T).float()))
+    assert repeats[::2] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("name", ["router_norm", "router_gate"])

@@ -54,36 +54,45 @@ def layer_inference(
 
 
 class RepeatedInference:
-    """``layer_inference`` in one launch, of an eps and tensors that are like those of a call that was checked.
+    """``layer_inference`` of an eps and tensors that are like those of a call that was checked.
 
     The tensors stand in the order of the op's. ``hidden_states`` may be ``[..., H]``, and ``y`` is then, too. What
     ``launch`` gives are ``y`` and ``router_logits``.
     """
 
-    def __init__(self, tensors: tuple[Tensor, ...], eps: float, launch: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        self.launch, self._eps = launch, eps
+    def __init__(
+        self, tensors: tuple[Tensor, ...], eps: float, launch: Callable[..., tuple[Tensor, Tensor]], min_tokens: int
+    ) -> None:
+        """``min_tokens``: so many and more are like those; with 0 only as many as those."""
+        x, weights = tensors[0], tensors[1:]
+        self.launch, self._eps, self._min_numel = launch, eps, min_tokens * x.shape[-1]
+        any_dims = (None,) * (x.dim() - 1) if min_tokens else x.shape[:-1]
+        any_strides = any_dims if min_tokens else x.stride()[:-1]
         assert _TensorGuards is not None
-        self._guards: Any = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        self._guards: Any = _TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[[*any_dims, x.shape[-1]], *(list(weight.shape) for weight in weights)],
+            dynamic_dims_strides=[[*any_strides, 1], *(list(weight.stride()) for weight in weights)],
+        )
 
-    def takes(self, tensors: tuple[object, ...], eps: float) -> bool:
+    def takes(self, tensors: tuple[Any, ...], eps: float) -> bool:
         """Whether they are like those, and no tensor is there twice.
 
         Tensors are compared in one call, in 0.7 us: types, dtypes, devices, shapes, strides, who requires gradients,
         and dispatch keys, which autocast, inference mode, function transforms and dispatch modes change.
         """
-        return eps == self._eps and self._guards.check(*tensors)
+        return eps == self._eps and self._guards.check(*tensors) and tensors[0].numel() >= self._min_numel
 
 
 def repeated_inference(
     tensors: tuple[Tensor, ...], eps: float, num_experts_per_tok: int, norm_topk_prob: bool, hidden_act: str
 ) -> RepeatedInference | None:
-    """For calls like one of ``layer_inference`` that was checked, which nobody watches; ``None`` of more launches."""
+    """For calls like one of ``layer_inference`` that was checked, which nobody watches; ``None`` if each is checked."""
     if _TensorGuards is None or not all(type(x) in PLAIN_TYPES and x.is_contiguous() for x in tensors):
         return None
-    x, router_gate, mean, variance, _, _, *dense = tensors
-    gate, tokens = (router_gate, mean, variance, eps), x.view(-1, x.shape[-1])
-    launch = _kernels().one_launch(tokens, gate, tuple(dense), num_experts_per_tok, norm_topk_prob, hidden_act)
-    return None if launch is None else RepeatedInference(tensors, eps, launch)
+    options = (eps, num_experts_per_tok, norm_topk_prob, hidden_act)
+    repeated = _kernels().repeated(*tensors, options=options)
+    return None if repeated is None else RepeatedInference(tensors, eps, *repeated)
 
 
 @lru_cache

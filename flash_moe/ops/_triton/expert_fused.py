@@ -21,7 +21,7 @@ from flash_moe.ops._triton.sizes import cdiv, next_power_of_2
 
 @triton.jit
 def load_parts(parts_ptr, t, h, H, num_parts, BLOCK_P: tl.constexpr):
-    """Columns ``h`` of row ``t`` of the sum of ``parts [P, T, H]``, T being the grid's first size; BLOCK_P: P or more."""
+    """Columns ``h`` of row ``t`` of the sum over P of ``parts [P, T, H]``; T is the grid's first size."""
     p = tl.arange(0, BLOCK_P)
     rows = parts_ptr + (p[:, None] * tl.num_programs(0).to(tl.int64) + t) * H
     return tl.sum(tl.load(rows + h[None, :], mask=(p < num_parts)[:, None] & (h < H)[None, :], other=0.0), 0)

@@ -1,11 +1,15 @@
 """The layer without gradients: the dense MLP beside router and experts, which one or two tokens take in one launch."""
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 from torch import Tensor
 
 from flash_moe.ops._triton.expert import expert_forward
 from flash_moe.ops._triton.expert_mlp import Dense, SideStream
 from flash_moe.ops._triton.gate import gate_forward
-from flash_moe.ops._triton.layer_few import FewTokens, Weights, few_tokens_like, layer_few, takes
+from flash_moe.ops._triton.layer_few import MAX_TOKENS, few_tokens_like, layer_few, takes
 from flash_moe.ops._triton.mlp_few import down_product_in_parts, takes_few
 from flash_moe.ops._triton.mlp_fused import gated_product_forward
 from flash_moe.ops._triton.router import routing_forward
@@ -47,10 +51,35 @@ def layer_inference(
     return [out, by_half, indices][: 2 + wants_indices]
 
 
-def one_launch(
-    x: Tensor, gate: Gate, dense: Weights, num_experts_per_tok: int, norm_topk_prob: bool, hidden_act: str
-) -> FewTokens | None:
-    """What ``layer_inference`` of tensors like these consists in, if it is one launch."""
-    if not takes(x.shape[0], gate[0].shape[0] // 2, num_experts_per_tok):
+def repeated(
+    hidden_states: Tensor, *weights: Tensor, options: tuple[float, int, bool, str]
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], int] | None:
+    """What gives ``y`` and the gate's product for tensors like these, and for how many tokens.
+
+    Args:
+        hidden_states, weights: contiguous, in the order of the layer's op.
+        options: the norm's eps, K, whether routing weights are normalised, and the activation.
+    Returns:
+        A function of such tensors, and the number of tokens from which on it takes any; 0 if it takes as many as these
+        alone. ``None`` in float32, of which more tokens than a few do not go this way.
+    """
+    x = hidden_states.view(-1, hidden_states.shape[-1])
+    router_gate, mean, variance, _, _, *dense = weights
+    eps, K, norm_topk_prob, hidden_act = options
+    if takes(x.shape[0], router_gate.shape[0] // 2, K):
+        gate = (router_gate, mean, variance, eps)
+        return few_tokens_like(x, gate, tuple(dense), K, norm_topk_prob, hidden_act), 0
+    if x.dtype == torch.float32:
         return None
-    return few_tokens_like(x, gate, dense, num_experts_per_tok, norm_topk_prob, hidden_act)
+    return partial(_of_any_tokens, options), min(x.shape[0], MAX_TOKENS + 1)
+
+
+def _of_any_tokens(
+    options: tuple[float, int, bool, str], hidden_states: Tensor, *weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    router_gate, mean, variance, down_embed, up_embed, gate_proj, up_proj, down_proj = weights
+    eps, K, norm_topk_prob, hidden_act = options
+    gate, tables, dense = (router_gate, mean, variance, eps), (down_embed, up_embed), (gate_proj, up_proj, down_proj)
+    x = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
+    y, router_logits = layer_inference(x, gate, tables, dense, K, norm_topk_prob, hidden_act, False)
+    return y.view(hidden_states.shape), router_logits

@@ -110,7 +110,7 @@ def gated_product_of_few(x: Tensor, gate_proj: Tensor, up_proj: Tensor, hidden_a
 
 
 def down_product_in_parts(activated: Tensor, down_proj: Tensor) -> Tensor:
-    """``[P, T, H]``, float32: of ``activated down_proj^T`` P parts to be added, so that enough programs read at once."""
+    """``[P, T, H]``, float32, the sum of which over P is the product: in parts more programs read at once."""
     (T, I), H, tile = activated.shape, down_proj.shape[0], PARTS_TILE
     num_programs = cdiv(H, tile.columns)
     num_parts = max(1, min(NUM_PROGRAMS // num_programs, I // MIN_PART))
