@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 from torch.utils.checkpoint import checkpoint
 
 from flash_moe import FlashMoE, FlashMoEConfig
@@ -195,7 +195,7 @@ def test_copies_after_a_checkpointed_step(use_reentrant, device):
 
 
 def test_opcheck_of_the_question(device):
-    torch.library.opcheck(torch.ops.flash_moe.is_first_forward, (torch.zeros(3, device=device),))
+    library.opcheck(torch.ops.flash_moe.is_first_forward, (torch.zeros(3, device=device),))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")

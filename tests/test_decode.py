@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.library import opcheck
+from torch import library
 
 from flash_moe import flash_decode
 from flash_moe._activations import ACTIVATIONS
@@ -304,7 +304,7 @@ def op_arguments(x, layer):
 @pytest.mark.parametrize("shared", [0, 8])
 def test_opcheck(shared, device):
     x, layer = make_decode_inputs(3, 16, 8, 6, Routing(2), torch.float32, device, shared_intermediate_size=shared)
-    opcheck(torch.ops.flash_moe.flash_decode.default, op_arguments(x, layer))
+    library.opcheck(torch.ops.flash_moe.flash_decode.default, op_arguments(x, layer))
 
 
 def test_compiles_whole_for_any_number_of_tokens(compiler, device):

@@ -24,9 +24,9 @@ from test_decode import (
 )
 from test_decode_few import run_few
 from test_layer_inference import Seen
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.library import opcheck
 
 from flash_moe import flash_decode
 from flash_moe._activations import ACTIVATIONS
@@ -508,7 +508,7 @@ def test_other_errors_of_a_repeated_launch_are_not_swallowed(again, device, monk
 def test_opcheck(device):
     x, layer = make_decode_inputs(3, 16, 8, 6, Routing(2), torch.float32, device)
     *given, _, _ = op_arguments(x, layer)
-    opcheck(torch.ops.flash_moe.flash_decode.default, (*given, "queue", "triton"))
+    library.opcheck(torch.ops.flash_moe.flash_decode.default, (*given, "queue", "triton"))
 
 
 @pytest.mark.parametrize(

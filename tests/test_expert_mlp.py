@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 from flash_moe.ops._reference.expert import expert_reference
 from flash_moe.ops._reference.mlp import mlp_reference
@@ -86,12 +86,12 @@ def test_opcheck(sparse_grad, device):
     # Autograd's own check compiles the backward pass, which sparse gradients do not go through.
     checks = ("test_schema", "test_faketensor") if sparse_grad else ("test_schema", "test_faketensor",
         "test_autograd_registration", "test_aot_dispatch_dynamic")  # fmt: skip
-    opcheck(torch.ops.flash_moe.expert_mlp.default, (*leaves, "silu", sparse_grad), test_utils=checks)
+    library.opcheck(torch.ops.flash_moe.expert_mlp.default, (*leaves, "silu", sparse_grad), test_utils=checks)
     constants = [x.detach() for x in inputs]
     _, *saved = torch.ops.flash_moe.expert_mlp(*constants, "silu", sparse_grad)
     for wants_tables, wants_dense in ((True, True), (False, True), (True, False)):
         options = ("silu", sparse_grad, wants_tables, wants_dense)
-        opcheck(torch.ops.flash_moe.expert_mlp_backward.default, (dout, *constants, *saved, *options))
+        library.opcheck(torch.ops.flash_moe.expert_mlp_backward.default, (dout, *constants, *saved, *options))
 
 
 @every_backend

@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.library import opcheck
+from torch import Tensor, library, nn
 from torch.utils.checkpoint import checkpoint
 
 from flash_moe.modules.flash_moe import FlashMoE, FlashMoEConfig
@@ -211,10 +210,10 @@ def test_layouts_other_than_contiguous(device):
 def test_opcheck(is_batch, device):
     (x, weight), dlogits, constants = make_inputs(5, 24, 10, torch.float32, device)
     ops = torch.ops.flash_moe
-    opcheck(ops.flash_gate_backward.default, (dlogits, x, weight, *constants, EPS, is_batch))
-    opcheck(ops.batch_norm_statistics.default, (x, *constants, torch.tensor(3, device=device), 0.1, is_batch))
+    library.opcheck(ops.flash_gate_backward.default, (dlogits, x, weight, *constants, EPS, is_batch))
+    library.opcheck(ops.batch_norm_statistics.default, (x, *constants, torch.tensor(3, device=device), 0.1, is_batch))
     leaves = (x.requires_grad_(), weight.requires_grad_())
-    opcheck(ops.flash_gate.default, (*leaves, *(moments(x) if is_batch else constants), EPS, is_batch))
+    library.opcheck(ops.flash_gate.default, (*leaves, *(moments(x) if is_batch else constants), EPS, is_batch))
 
 
 def test_backward_of_an_evaluation_notices_that_statistics_have_moved(device):

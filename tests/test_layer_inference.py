@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_moe import FlashMoE, FlashMoEConfig
@@ -83,7 +83,7 @@ def test_opcheck(T, device):
     arguments = (x, gate, norm.running_mean, norm.running_var, down_embed, up_embed, *dense, norm.eps, 3, False, "silu")
     op = torch.ops.flash_moe.layer_inference.default
     for wants_indices in (True, False):
-        opcheck(op, (*arguments, wants_indices))
+        library.opcheck(op, (*arguments, wants_indices))
     *want, indices = op(*arguments, True)
     assert indices.shape == (T, 3)
     for result, expected in zip(op(*arguments, False), want, strict=True):

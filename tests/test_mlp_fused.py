@@ -5,7 +5,7 @@ Without a GPU the kernel runs in Triton's interpreter, on tiles that are small; 
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 from flash_moe import FlashMoE, FlashMoEConfig
 from flash_moe._activations import ACTIVATIONS
@@ -113,7 +113,9 @@ def test_reads_nothing_outside(fused, device):
 
 
 def test_opcheck(fused, device):
-    opcheck(torch.ops.flash_moe.gated_product.default, (*first_products(9, 16, 24, torch.bfloat16, device), "silu"))
+    library.opcheck(
+        torch.ops.flash_moe.gated_product.default, (*first_products(9, 16, 24, torch.bfloat16, device), "silu")
+    )
 
 
 def misaligned(y):

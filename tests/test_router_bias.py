@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from torch import library
 from torch.utils.checkpoint import checkpoint
 
 from flash_moe import FlashMoE, FlashMoEConfig
@@ -95,7 +96,7 @@ def test_16_bit_logits_are_biased_in_float32(device):
 def test_opcheck_of_the_weights(backend, norm_topk_prob, device):
     router_logits = make_routing(7, 5, device)[0].transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     indices = torch.randint(25, (7, 3), device=device)
-    torch.library.opcheck(torch.ops.flash_moe.weigh_experts, (router_logits, indices, norm_topk_prob, backend))
+    library.opcheck(torch.ops.flash_moe.weigh_experts, (router_logits, indices, norm_topk_prob, backend))
 
 
 def test_update_raises_what_is_below_its_half_mean():

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from torch import library
 from torch.utils.checkpoint import checkpoint
 
 from flash_moe import FlashMoE, FlashMoEConfig
@@ -111,7 +112,7 @@ def work(rank, device_type, folder):
         except Exception as error:
             raise RuntimeError(f"rank {rank}, {case}") from error
     x = torch.ones(3, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.flash_moe.sum_over_ranks, (x,))
+    library.opcheck(torch.ops.flash_moe.sum_over_ranks, (x,))
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
